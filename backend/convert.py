@@ -1,0 +1,73 @@
+"""Between sglang's loosely typed parameters and results and Weft's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from weft.runtime.decoding.params import SamplingParams
+from weft.runtime.engine import messages as m
+from weft.runtime.errors import RequestError, UnsupportedError
+
+# Served by a later version; refused by name until then.
+_LATER = ("dtype", "regex", "json_schema")
+
+
+def sampling_params(p: Any) -> SamplingParams:
+    """From an `SglSamplingParams` of any sglang version (fields that a version lacks keep their default)."""
+    for name in _LATER:
+        if getattr(p, name, None) is not None:
+            raise UnsupportedError(name, getattr(p, name), "constrained decoding is not served yet")
+    wants_logprobs = getattr(p, "return_logprob", None) is True
+    return SamplingParams(
+        max_tokens=p.max_new_tokens,
+        min_tokens=p.min_new_tokens,
+        temperature=p.temperature,
+        top_p=p.top_p,
+        top_k=p.top_k,
+        min_p=p.min_p,
+        frequency_penalty=p.frequency_penalty,
+        presence_penalty=p.presence_penalty,
+        stop=strings("stop", p.stop),
+        stop_token_ids=tuple(p.stop_token_ids or ()),
+        stop_regex=strings("stop_regex", getattr(p, "stop_regex", None)),
+        ignore_eos=p.ignore_eos,
+        logprobs=(plain_int(getattr(p, "top_logprobs_num", None)) or 0) if wants_logprobs else None,
+    ).validate()
+
+
+def strings(field: str, value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    items = (value,) if isinstance(value, str) else tuple(value)
+    if not all(isinstance(item, str) for item in items):
+        raise RequestError(field, value, "must be a string or a list of strings")
+    return items
+
+
+def plain_int(value: Any) -> int | None:
+    """sglang 0.5.2 defaults some numbers to the tuple (None,) by mistake."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def count_of(p: Any) -> int:
+    n = getattr(p, "n", 1)
+    if not isinstance(n, int) or n < 1:
+        raise RequestError("n", n, "must be at least 1")
+    return n
+
+
+def token_entry(result: m.Logprob, text_of: Callable[[int], str] | None) -> list[Any]:
+    """sglang's [logprob, id, text]."""
+    return [result.logprob, result.token, text_of(result.token) if text_of else None]
+
+
+def top_entries(result: m.Logprob, text_of: Callable[[int], str] | None) -> list[list[Any]]:
+    return [[logprob, token, text_of(token) if text_of else None] for token, logprob in result.top]
+
+
+def finish_reason(done: m.Done) -> dict[str, Any]:
+    """sglang's structured finish reason."""
+    if done.finish_reason == "length":
+        return {"type": "length", "length": done.usage.generated}
+    return {"type": "stop", "matched": done.stop}

@@ -1,0 +1,118 @@
+"""Row-invariant linear: row i of `x @ w.T` has the same bits whatever other rows are in the call.
+
+BLAS picks another kernel, with another summation order, for one row than for many, and edge rows of a tile
+may differ too. Two ways keep the bits fixed and cost little: rows padded to a multiple of the tile height,
+or weights prepacked by oneDNN. Which of them holds depends on processor, dtype and weight shape, so
+`choose` tries them on the shape itself, once per process, and takes the fastest that proves invariant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Method = Literal["padded", "packed", "single"]
+
+# Rows tried by the self-check: around the tile heights of known BLAS kernels.
+_CHECK_ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 24, 31, 33, 48, 63, 65)
+_CHECK_OFFSETS = (0, 1, 3)
+_MAX_CHECK_ROWS = max(_CHECK_ROWS) + max(_CHECK_OFFSETS)
+# From this many weight elements on, reading the weights dominates and prepacking wins at few rows.
+_PACK_FROM = 1 << 18
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """How one weight shape is multiplied; printable, and part of the numerics fingerprint."""
+
+    method: Method
+    row_multiple: int
+
+    def __str__(self) -> str:
+        return f"{self.method}/{self.row_multiple}"
+
+
+class Linear:
+    """`y = x @ weight.T`, bitwise independent of the number and order of rows.
+
+    weight: [N, K] float32 or bfloat16; not modified, not referenced any more once prepacked.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        assert weight.dim() == 2 and weight.dtype in (torch.float32, torch.bfloat16), weight.shape
+        self.out_features, self.in_features = weight.shape
+        self.dtype = weight.dtype
+        self.plan = choose(self.out_features, self.in_features, weight.dtype, torch.get_num_threads())
+        self._run = _runner(self.plan, weight)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [T, K] -> [T, N] in the weight's dtype; x is cast to it. T may be 0."""
+        assert x.dim() == 2 and x.shape[1] == self.in_features, (x.shape, self.in_features)
+        if x.dtype != self.dtype:
+            x = x.to(self.dtype)
+        if x.shape[0] == 0:
+            return x.new_empty(0, self.out_features)
+        return self._run(x)
+
+
+def _runner(plan: LinearPlan, weight: Tensor) -> Callable[[Tensor], Tensor]:
+    if plan.method == "packed":
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+
+        def run_packed(x: Tensor) -> Tensor:
+            out: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, None, "none", [], "")
+            return out
+
+        return run_packed
+    if plan.method == "single":
+        return lambda x: torch.cat([F.linear(row, weight) for row in x.split(1)])
+    multiple = plan.row_multiple
+
+    def run_padded(x: Tensor) -> Tensor:
+        rows = x.shape[0]
+        missing = -rows % multiple
+        if missing == 0:
+            return F.linear(x, weight)
+        return F.linear(F.pad(x, (0, 0, 0, missing)), weight)[:rows]
+
+    return run_padded
+
+
+def candidates(n: int, k: int) -> list[LinearPlan]:
+    """Plans in order of preference for an [n, k] weight. The last one, row by row, always holds."""
+    padded = [LinearPlan("padded", m) for m in (4, 8, 16)]
+    packed = [LinearPlan("packed", 1)] if torch.backends.mkldnn.is_available() else []
+    ordered = [*packed, *padded] if n * k >= _PACK_FROM else [*padded, *packed]
+    return [*ordered, LinearPlan("single", 1)]
+
+
+@cache
+def choose(n: int, k: int, dtype: torch.dtype, threads: int) -> LinearPlan:
+    """The first candidate that is row-invariant for this shape on this machine.
+
+    `threads` is part of the key because BLAS partitions by it.
+    """
+    # A check needs enough columns to meet every kernel, not all of a 129,280-row head.
+    rows = min(n, 4096)
+    generator = torch.Generator().manual_seed(n * 1_000_003 + k)
+    weight = (torch.randn(rows, k, generator=generator) * k**-0.5).to(dtype)
+    x = torch.randn(_MAX_CHECK_ROWS, k, generator=generator).to(dtype)
+    for plan in candidates(n, k):
+        if plan.method == "single" or _is_row_invariant(_runner(plan, weight), x):
+            return plan
+    raise AssertionError("unreachable: the last candidate always holds")
+
+
+def _is_row_invariant(run: Callable[[Tensor], Tensor], x: Tensor) -> bool:
+    alone = torch.cat([run(row) for row in x.split(1)])
+    return all(
+        torch.equal(run(x[offset : offset + rows].clone()), alone[offset : offset + rows])
+        for rows in _CHECK_ROWS
+        for offset in _CHECK_OFFSETS
+    )

@@ -1,0 +1,134 @@
+"""The tensors that hold KV state, and the page tables that say where each sequence's rows are.
+
+Per layer one `kv` tensor [rows, head_dim]: first the window rows of every sequence, then, in compressed layers,
+the compressed entries. A row number addresses either, so attention gathers both with one index. Row 0 is the
+null row: never written, read only where a query has no key.
+Page p of a kind covers `page` consecutive rows; the same page numbers serve every layer of that kind.
+Fixed per-sequence state (compressor tails, last streams) lives in slots.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from weft.runtime.cache.pages import PageAllocator
+from weft.runtime.config import C4, C128, ModelConfig
+
+PageKind = Literal["window", "c4", "c128"]
+KINDS: tuple[PageKind, ...] = ("window", "c4", "c128")
+TOKENS_PER_ROW: dict[PageKind, int] = {"window": 1, "c4": C4, "c128": C128}
+# Rows of compressor input a c4a layer keeps: the previous window of 4 and the open one.
+C4_TAIL = 2 * C4
+
+
+@dataclass(frozen=True)
+class PoolSizes:
+    """How much state to hold. tokens: history over all sequences; slots: live sequences, forks included;
+    context: longest sequence; burst: tokens of prefill in flight at once, whose window rows are all kept until
+    the step ends; page: rows per page."""
+
+    tokens: int = 65536
+    slots: int = 64
+    context: int = 65536
+    burst: int = 2048
+    page: int = 32
+
+    def pages(self, kind: PageKind, window: int) -> int:
+        """Pages of a kind, the null page included. A slot's first and last page may be partly used."""
+        rows = self.burst + self.slots * window if kind == "window" else self.tokens // TOKENS_PER_ROW[kind]
+        return 1 + math.ceil(rows / self.page) + 2 * self.slots
+
+
+class Pools:
+    """Owns all KV memory of one model. Row contents are written by the model, page tables by `Sequence`."""
+
+    def __init__(self, config: ModelConfig, sizes: PoolSizes, dtype: torch.dtype = torch.float32) -> None:
+        self.config = config
+        self.sizes = sizes
+        self.dtype = dtype
+        page, dim = sizes.page, config.head_dim
+        pages = {kind: sizes.pages(kind, config.sliding_window) for kind in KINDS}
+        self.allocators = {kind: PageAllocator(pages[kind]) for kind in KINDS}
+        # Compressed rows follow the window rows of the same layer; their own null page is not needed.
+        self.base: dict[PageKind, int] = {
+            "window": 0,
+            "c4": pages["window"] * page,
+            "c128": pages["window"] * page,
+        }
+        extra = {"window": 0, "c4a": pages["c4"] * page, "c128a": pages["c128"] * page}
+        kinds = [*config.layer_kinds, *(["window"] if config.has_mtp else [])]
+        self.kv = [torch.zeros(pages["window"] * page + extra[kind], dim, dtype=dtype) for kind in kinds]
+        c4_layers, c128_layers = config.count("c4a"), config.count("c128a")
+        self.index_keys = [
+            torch.zeros(pages["c4"] * page, config.index_head_dim, dtype=dtype) for _ in range(c4_layers)
+        ]
+        tail_width = 4 * (dim + config.index_head_dim)
+        self.c4_tail = torch.zeros(c4_layers, sizes.slots, C4_TAIL, tail_width)
+        self.c128_fold = torch.zeros(c128_layers, sizes.slots, 3, dim)
+        self.streams = torch.zeros(sizes.slots, config.hc_mult, config.hidden_size, dtype=dtype)
+        # Row of the first entry of each page of a slot's sequence; 0 (the null page) where it holds none.
+        self.tables = {
+            kind: torch.zeros(
+                sizes.slots, math.ceil(sizes.context / TOKENS_PER_ROW[kind] / page) + 1, dtype=torch.int64
+            )
+            for kind in KINDS
+        }
+        self._free_slots = list(range(sizes.slots - 1, -1, -1))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor allocated here."""
+        tensors = [
+            *self.kv,
+            *self.index_keys,
+            self.c4_tail,
+            self.c128_fold,
+            self.streams,
+            *self.tables.values(),
+        ]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    @property
+    def free_slots(self) -> int:
+        return len(self._free_slots)
+
+    def take_slot(self) -> int:
+        assert self._free_slots, "take_slot without asking free_slots"
+        return self._free_slots.pop()
+
+    def return_slot(self, slot: int) -> None:
+        assert slot not in self._free_slots
+        for table in self.tables.values():
+            table[slot] = 0
+        self._free_slots.append(slot)
+
+    def copy_page(self, kind: PageKind, source: int, target: int) -> None:
+        """Copy a page's rows in every layer that has this kind."""
+        page = self.sizes.page
+        for layer, layer_kind in enumerate((*self.config.layer_kinds, "window")[: len(self.kv)]):
+            if kind == "window" or layer_kind == f"{kind}a":
+                kv, base = self.kv[layer], self.base[kind]
+                kv[base + target * page : base + (target + 1) * page] = kv[
+                    base + source * page : base + (source + 1) * page
+                ]
+        if kind == "c4":
+            for keys in self.index_keys:
+                keys[target * page : (target + 1) * page] = keys[source * page : (source + 1) * page]
+
+    def copy_slot(self, source: int, target: int) -> None:
+        """Copy the fixed per-sequence state and the page tables."""
+        for tensor in (self.c4_tail, self.c128_fold):
+            tensor[:, target] = tensor[:, source]
+        self.streams[target] = self.streams[source]
+        for table in self.tables.values():
+            table[target] = table[source]
+
+    def check(self) -> None:
+        """Invariants of page ownership; raises AssertionError."""
+        for allocator in self.allocators.values():
+            allocator.check()
+        assert len(set(self._free_slots)) == len(self._free_slots)

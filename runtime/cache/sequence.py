@@ -1,0 +1,88 @@
+"""One sequence's KV state: a slot and the pages its history occupies."""
+
+from __future__ import annotations
+
+from weft.runtime.cache.pools import KINDS, TOKENS_PER_ROW, PageKind, Pools
+
+
+class SequenceState:
+    """KV of `length` tokens. Owns its slot and one reference to each of its pages.
+
+    Pages may be shared with forks: a page is copied before this sequence writes into it (only the partly filled
+    last page can be both shared and written). Every method leaves `pools.tables` in step with `pages`.
+    """
+
+    def __init__(self, pools: Pools) -> None:
+        """Takes a slot: ask `pools.free_slots` first."""
+        self.pools = pools
+        self.slot = pools.take_slot()
+        self.length = 0
+        # Logical page number -> page; window pages that the window has left are gone.
+        self.pages: dict[PageKind, dict[int, int]] = {kind: {} for kind in KINDS}
+
+    # -- growth: can_reserve / reserve, then the model writes, then commit ------------------------------
+
+    def can_reserve(self, count: int) -> bool:
+        """Whether `count` more tokens fit now."""
+        return all(
+            self.pools.allocators[kind].can_alloc(sum(1 for _ in self._new_pages(kind, count))) for kind in KINDS
+        )
+
+    def reserve(self, count: int) -> None:
+        """Make the rows of the next `count` tokens writable by this sequence alone."""
+        assert self.can_reserve(count), "reserve without can_reserve"
+        for kind in KINDS:
+            allocator, held = self.pools.allocators[kind], self.pages[kind]
+            for number in list(self._new_pages(kind, count)):
+                page = allocator.alloc()
+                if number in held:
+                    self.pools.copy_page(kind, held[number], page)
+                    allocator.release(held[number])
+                self._hold(kind, number, page)
+
+    def _new_pages(self, kind: PageKind, count: int) -> range | list[int]:
+        """Logical pages to allocate before `count` tokens: the missing ones and a shared one to be written."""
+        ratio, size = TOKENS_PER_ROW[kind], self.pools.sizes.page
+        first, end = self.length // ratio, (self.length + count) // ratio
+        if first == end:
+            return []
+        if kind == "window" and self.pools.config.has_mtp:
+            first = max(0, first - 1)  # the MTP row of the last token is written with the next one
+        held, allocator = self.pages[kind], self.pools.allocators[kind]
+        numbers = range(first // size, (end - 1) // size + 1)
+        return [n for n in numbers if n not in held or allocator.is_shared(held[n])]
+
+    def _hold(self, kind: PageKind, number: int, page: int) -> None:
+        self.pages[kind][number] = page
+        self.pools.tables[kind][self.slot, number] = page * self.pools.sizes.page
+
+    def commit(self, count: int) -> None:
+        """The model has written `count` tokens: advance, and drop window pages no later token reads."""
+        self.length += count
+        # A continuation reads W-1 rows back; its MTP row, at length-1, one more.
+        oldest = max(0, self.length - self.pools.config.sliding_window)
+        held = self.pages["window"]
+        for number in [n for n in held if (n + 1) * self.pools.sizes.page <= oldest]:
+            self.pools.allocators["window"].release(held.pop(number))
+            self.pools.tables["window"][self.slot, number] = 0
+
+    # -- lifetime ---------------------------------------------------------------------------------------
+
+    def fork(self) -> SequenceState:
+        """A sequence with the same history, sharing every page. Ask `pools.free_slots` first."""
+        child = SequenceState(self.pools)
+        child.length = self.length
+        for kind in KINDS:
+            allocator = self.pools.allocators[kind]
+            child.pages[kind] = {n: allocator.share(page) for n, page in self.pages[kind].items()}
+        self.pools.copy_slot(self.slot, child.slot)
+        return child
+
+    def close(self) -> None:
+        """Give everything back. The state must not be used afterwards."""
+        for kind in KINDS:
+            for page in self.pages[kind].values():
+                self.pools.allocators[kind].release(page)
+            self.pages[kind] = {}
+        self.pools.return_slot(self.slot)
+        self.slot = -1

@@ -1,0 +1,72 @@
+"""What a caller may ask of one generation. No torch here: the front and the gateway read it too."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from weft.runtime.errors import RequestError
+
+MAX_TOP_LOGPROBS = 64
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """Parameters of one generation; `validate` raises `RequestError` naming field and value.
+
+    temperature: 0 is greedy. top_k: -1 is off. Filters apply in the order top_k, top_p, min_p, each on the
+    renormalised distribution. Penalties count output tokens only, as OpenAI's.
+    seed: same seed, tokens and parameters give the same output in any batch. None draws one.
+    logprobs: None for none, else how many alternatives to return per token (0: the chosen token only).
+    stop: strings that end the output; neither they nor anything behind them is returned.
+    """
+
+    max_tokens: int = 128
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int | None = None
+    logprobs: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    stop_regex: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def validate(self) -> SamplingParams:
+        _require(self.max_tokens >= 0, "max_tokens", self.max_tokens, "must not be negative")
+        _require(0 <= self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, "not in 0..max_tokens")
+        _require(
+            _finite(self.temperature) and self.temperature >= 0,
+            "temperature",
+            self.temperature,
+            "must be >= 0",
+        )
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "must be in (0, 1]")
+        _require(self.top_k == -1 or self.top_k >= 1, "top_k", self.top_k, "must be -1 or at least 1")
+        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "must be in [0, 1]")
+        for name in ("frequency_penalty", "presence_penalty"):
+            value = getattr(self, name)
+            _require(-2 <= value <= 2, name, value, "must be in [-2, 2]")
+        if self.logprobs is not None:
+            _require(
+                0 <= self.logprobs <= MAX_TOP_LOGPROBS,
+                "logprobs",
+                self.logprobs,
+                f"not in 0..{MAX_TOP_LOGPROBS}",
+            )
+        _require(all(self.stop), "stop", self.stop, "must not hold an empty string")
+        _require(all(self.stop_regex), "stop_regex", self.stop_regex, "must not hold an empty pattern")
+        return self
+
+
+def _finite(x: float) -> bool:
+    return math.isfinite(x)
+
+
+def _require(ok: bool, field: str, value: object, reason: str) -> None:
+    if not ok:
+        raise RequestError(field, value, reason)

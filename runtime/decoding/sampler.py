@@ -1,0 +1,106 @@
+"""Choose the next token of each row; rows do not influence each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from weft.runtime.decoding.noise import gumbel, stream_key
+from weft.runtime.decoding.params import SamplingParams
+
+NEG_INF = float("-inf")
+
+
+@dataclass
+class Draw:
+    """One row to sample. position: index of the token to be drawn in its sequence.
+    blocked: token ids that must not be drawn now. counts: how often each output token occurred."""
+
+    params: SamplingParams
+    seed: int
+    position: int
+    blocked: Sequence[int] = ()
+    counts: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Log-probability under the model's own distribution (temperature 1, no filters)."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
+    """logits: [B, V] float32, not modified -> one token id per row. Ties go to the lower id."""
+    scores = _adjust(logits, draws)
+    warm = [i for i, draw in enumerate(draws) if draw.params.temperature > 0]
+    if warm:
+        rows = torch.tensor(warm)
+        chosen = [draws[i] for i in warm]
+        temperature = torch.tensor([d.params.temperature for d in chosen])
+        scaled = _filter(scores[rows] / temperature[:, None], chosen)
+        keys = torch.tensor([stream_key(d.seed, d.position) for d in chosen])
+        noisy = scaled.double() + gumbel(keys, scores.shape[1])
+        best = _first_argmax(scores)
+        best[rows] = _first_argmax(noisy)
+        return [int(token) for token in best]
+    return [int(token) for token in _first_argmax(scores)]
+
+
+def logprobs(logits: Tensor, tokens: Sequence[int], top: Sequence[int]) -> list[TokenLogprob]:
+    """Log-probabilities of `tokens` and of the `top[i]` best alternatives of each row of logits [B, V]."""
+    table = torch.log_softmax(logits, dim=-1)
+    own = table.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
+    out = []
+    for i, (token, count) in enumerate(zip(tokens, top, strict=True)):
+        values, ids = torch.sort(table[i], descending=True, stable=True)
+        best = zip(ids[:count].tolist(), values[:count].tolist(), strict=True) if count else ()
+        out.append(TokenLogprob(token, own[i], tuple(best)))
+    return out
+
+
+def _first_argmax(scores: Tensor) -> Tensor:
+    """torch.argmax does not promise which of equal maxima it returns."""
+    width = scores.shape[1]
+    best = scores == scores.amax(1, keepdim=True)
+    return torch.where(best, torch.arange(width), width).amin(1)
+
+
+def _adjust(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    scores = logits
+    for i, draw in enumerate(draws):
+        p = draw.params
+        penalised = draw.counts if p.frequency_penalty or p.presence_penalty else {}
+        if not draw.blocked and not penalised:
+            continue
+        if scores is logits:
+            scores = logits.clone()
+        for token, count in penalised.items():
+            scores[i, token] -= p.frequency_penalty * count + p.presence_penalty
+        if draw.blocked:
+            scores[i, torch.tensor(draw.blocked)] = NEG_INF
+    return scores
+
+
+def _filter(scores: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """top_k, top_p, min_p; each row keeps at least its best token."""
+    vocabulary = scores.shape[1]
+    if all(d.params.top_k == -1 and d.params.top_p == 1 and d.params.min_p == 0 for d in draws):
+        return scores
+    ordered, ids = torch.sort(scores, dim=1, descending=True, stable=True)
+    top_k = torch.tensor([d.params.top_k if d.params.top_k > 0 else vocabulary for d in draws])
+    ordered = ordered.masked_fill(torch.arange(vocabulary) >= top_k[:, None], NEG_INF)
+    probability = torch.softmax(ordered.double(), dim=1)
+    before = probability.cumsum(1) - probability
+    top_p = torch.tensor([d.params.top_p for d in draws], dtype=torch.float64)[:, None]
+    drop = (before >= top_p) & (top_p < 1)
+    min_p = torch.tensor([d.params.min_p for d in draws], dtype=torch.float64)[:, None]
+    drop |= probability < min_p * probability[:, :1]
+    drop[:, 0] = False
+    ordered = ordered.masked_fill(drop, NEG_INF)
+    return torch.empty_like(scores).scatter_(1, ids, ordered)

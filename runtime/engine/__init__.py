@@ -1,0 +1,1 @@
+"""The engine: `front` is what callers hold, `core` owns model and state, `messages` is all that passes between."""

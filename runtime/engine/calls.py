@@ -1,0 +1,198 @@
+"""What a running call knows and does; the core decides when."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from weft.runtime.decoding.params import SamplingParams
+from weft.runtime.decoding.sampler import Draw, TokenLogprob, logprobs
+from weft.runtime.decoding.stopping import StopWatch
+from weft.runtime.engine import messages as m
+from weft.runtime.model.model import Model
+from weft.runtime.text.tokenizer import TextStream, Tokenizer
+
+if TYPE_CHECKING:
+    from weft.runtime.engine.core import Sequence
+
+
+class Call:
+    """One call on one sequence. `pending()` are the tokens to compute before it can act."""
+
+    def __init__(self, id: int, sequence: Sequence) -> None:
+        self.id = id
+        self.sequence = sequence
+        # Tokens appended by the caller while this call ran; they join the history when it ends.
+        self.then_extend: list[int] = []
+        self._submitted = time.monotonic()
+        self._begun: float | None = None
+        self._taken = False
+        self._history = 0
+        self._cached = 0
+        self._computed = 0
+
+    def take_turn(self) -> None:
+        """The calls before it on the sequence have ended. Asked again, does nothing."""
+        if not self._taken:
+            self._taken = True
+            self._history = len(self.sequence.tokens)
+            self._cached = self.sequence.computed
+            self._on_turn()
+
+    def _on_turn(self) -> None:
+        """What a kind of call does when its turn comes."""
+
+    def pending(self) -> list[int]:
+        return self.sequence.tokens[self.sequence.computed :]
+
+    def final_length(self) -> int:
+        """Tokens the history will have at most when the call ends."""
+        return len(self.sequence.tokens)
+
+    def begin(self, now: float) -> None:
+        """The call's first tokens were run in a step that started at `now`."""
+        if self._begun is None:
+            self._begun = now
+
+    def ran(self, tokens: list[int], streams: Tensor, previous: Tensor, model: Model) -> None:
+        """These tokens were computed. streams: [n, hc, D] of them; previous: [hc, D] of the token before."""
+        self._computed += len(tokens)
+
+    def usage(self, generated: int = 0, first_token: float = 0.0) -> m.Usage:
+        now = time.monotonic()
+        return m.Usage(
+            history=self._history,
+            cached=self._cached,
+            computed=self._computed,
+            generated=generated,
+            queued=(self._begun or now) - self._submitted,
+            first_token=first_token,
+            total=now - self._submitted,
+        )
+
+    def done(self) -> m.Done:
+        return m.Done(call=self.id, usage=self.usage(), length=len(self.sequence.tokens))
+
+
+class ForkCall(Call):
+    def __init__(self, id: int, sequence: Sequence, children: list[int]) -> None:
+        super().__init__(id, sequence)
+        self.children = children
+
+
+class ScoreCall(Call):
+    """Appends `tokens` and gathers the log-probability of each, given all before it."""
+
+    def __init__(self, id: int, sequence: Sequence, tokens: list[int], top: int) -> None:
+        super().__init__(id, sequence)
+        self.tokens = tokens
+        self.top = top
+        self.results: list[TokenLogprob] = []
+        self._first = 0
+
+    def _on_turn(self) -> None:
+        self._first = len(self.sequence.tokens)
+        self.sequence.tokens.extend(self.tokens)
+
+    def ran(self, tokens: list[int], streams: Tensor, previous: Tensor, model: Model) -> None:
+        super().ran(tokens, streams, previous, model)
+        end = self.sequence.computed
+        start = end - len(tokens)
+        # The streams at position i predict token i + 1; the very first token has none before it.
+        targets = range(max(start, self._first, 1), min(end, self._first + len(self.tokens)))
+        if targets:
+            rows = torch.cat((previous[None], streams))[targets.start - start : targets.stop - start]
+            chosen = self.sequence.tokens[targets.start : targets.stop]
+            self.results += logprobs(model.logits(rows), chosen, [self.top] * len(chosen))
+
+    def done(self) -> m.Done:
+        return m.Done(
+            call=self.id,
+            usage=self.usage(),
+            length=len(self.sequence.tokens),
+            logprobs=[_logprob(r) for r in self.results],
+        )
+
+
+class GenerateCall(Call):
+    """Draws tokens until a stop or the length is reached."""
+
+    def __init__(self, id: int, sequence: Sequence, params: SamplingParams, tokenizer: Tokenizer) -> None:
+        super().__init__(id, sequence)
+        self.params = params
+        self.finish_reason: str | None = None if params.max_tokens else "length"
+        self.stop: str | int | None = None
+        self._tokenizer = tokenizer
+        self._stream = TextStream(tokenizer)
+        self._watch = StopWatch(params)
+        self._tokens: list[int] = []
+        self._counts: Counter[int] = Counter()
+        self._text_ends: list[int] = []  # characters decoded after each token
+        self._decoded = 0
+        self._first_token = 0.0
+        eos = () if params.ignore_eos else (tokenizer.eos,)
+        self._stop_ids = {*eos, *params.stop_token_ids}
+
+    def final_length(self) -> int:
+        return len(self.sequence.tokens) + self.params.max_tokens - len(self._tokens)
+
+    def draw(self, undefined: list[int]) -> Draw:
+        """How to sample the next token; before `min_tokens`, the tokens that would end the output are blocked."""
+        early = len(self._tokens) < self.params.min_tokens
+        blocked = [*undefined, *(self._stop_ids if early else ())]
+        assert self.params.seed is not None
+        return Draw(self.params, self.params.seed, len(self.sequence.tokens), blocked, self._counts)
+
+    def drawn(self, token: int, logits: Tensor) -> m.Delta | None:
+        """Take the sampled token into the history; returns what may be shown of it."""
+        if not self._tokens:
+            self._first_token = time.monotonic() - self._submitted
+        self.sequence.tokens.append(token)
+        self._tokens.append(token)
+        self._counts[token] += 1
+        found: list[m.Logprob] = []
+        if self.params.logprobs is not None:
+            found = [_logprob(r) for r in logprobs(logits[None], [token], [self.params.logprobs])]
+        if token in self._stop_ids:
+            self._text_ends.append(self._decoded + 1)  # the token that stops is not part of the text
+            self.finish_reason, self.stop = "stop", token
+            return m.Delta(call=self.id, tokens=[token], text="", logprobs=found)
+        piece = self._stream.feed(token)
+        self._decoded += len(piece)
+        self._text_ends.append(self._decoded)
+        self._check(self._watch.feed(piece, may_stop=len(self._tokens) >= self.params.min_tokens))
+        if self.finish_reason is None and len(self._tokens) >= self.params.max_tokens:
+            self.finish_reason = "length"
+        return m.Delta(call=self.id, tokens=[token], text=self._watch.showable(), logprobs=found)
+
+    def _check(self, stop: str | None) -> None:
+        if stop is not None:
+            self.finish_reason, self.stop = "stop", stop
+
+    def flush(self) -> m.Delta | None:
+        """The text still held back, once the output has ended."""
+        if not isinstance(self.stop, str):
+            self._check(self._watch.feed(self._stream.finish()))
+        text = self._watch.showable(final=True)
+        return m.Delta(call=self.id, tokens=[], text=text) if text else None
+
+    def done(self) -> m.Done:
+        length = len(self._watch.text)
+        kept = sum(end <= length for end in self._text_ends)
+        assert self.finish_reason is not None
+        return m.Done(
+            call=self.id,
+            usage=self.usage(len(self._tokens), self._first_token),
+            length=len(self.sequence.tokens),
+            finish_reason=self.finish_reason,
+            stop=self.stop,
+            kept=kept,
+        )
+
+
+def _logprob(result: TokenLogprob) -> m.Logprob:
+    return m.Logprob(result.token, result.logprob, list(result.top))

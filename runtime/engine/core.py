@@ -1,0 +1,287 @@
+"""The engine core: a state machine that takes messages, runs one batched step at a time, and emits events.
+
+Owns the model, the pools and every sequence. Single-threaded: whoever runs it calls `handle` and `step` in turn.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from weft.runtime.cache.pools import Pools
+from weft.runtime.cache.sequence import SequenceState
+from weft.runtime.decoding.sampler import sample
+from weft.runtime.engine import messages as m
+from weft.runtime.engine.calls import Call, ForkCall, GenerateCall, ScoreCall
+from weft.runtime.errors import Cancelled, ContextLengthError, Overloaded, RequestError, WeftError
+from weft.runtime.model.batch import Batch, Span
+from weft.runtime.model.model import Model
+from weft.runtime.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class CoreLimits:
+    """chunk: prefill tokens per step over all sequences. queue: calls accepted and not finished."""
+
+    chunk: int = 512
+    queue: int = 1024
+
+
+@dataclass
+class Work:
+    """Tokens of one call to run in this step."""
+
+    call: Call
+    state: SequenceState
+    tokens: list[int]
+
+
+class Sequence:
+    """A history and, once something was computed, its KV state. Calls run one after another."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = tokens
+        self.state: SequenceState | None = None
+        self.calls: list[Call] = []
+
+    @property
+    def computed(self) -> int:
+        return self.state.length if self.state is not None else 0
+
+
+class Core:
+    """`emit` receives every event, in order, in the thread that runs the core."""
+
+    def __init__(
+        self,
+        model: Model,
+        pools: Pools,
+        tokenizer: Tokenizer,
+        limits: CoreLimits,
+        emit: Callable[[m.Event], None],
+    ) -> None:
+        self.model = model
+        self.pools = pools
+        self.tokenizer = tokenizer
+        self.limits = limits
+        self.emit = emit
+        self.sequences: dict[int, Sequence] = {}
+        self.calls: dict[int, Call] = {}
+        # The head of a V4 checkpoint is padded: ids the tokenizer does not define are never drawn.
+        self.undefined = list(range(tokenizer.size, model.config.vocab_size))
+
+    # -- messages ---------------------------------------------------------------------------------------
+
+    def handle(self, message: m.Request) -> None:
+        """Apply one message. A request that is wrong fails its own call only."""
+        match message:
+            case m.Open(sequence, tokens):
+                self.sequences[sequence] = Sequence(list(tokens))
+            case m.Extend(sequence, tokens):
+                self._extend(self.sequences[sequence], tokens)
+            case m.Close(sequence):
+                self._close(sequence)
+            case m.Cancel(number):
+                if number in self.calls:
+                    self._fail(self.calls[number], Cancelled("cancelled by the caller"))
+            case m.Truncate(call, sequence, length):
+                self._truncate(call, self.sequences[sequence], length)
+            case m.Fork(call, sequence, children):
+                self._submit(ForkCall(call, self.sequences[sequence], children))
+            case m.Generate(call, sequence, params):
+                self._submit(GenerateCall(call, self.sequences[sequence], params, self.tokenizer))
+            case m.Score(call, sequence, tokens, top):
+                self._submit(ScoreCall(call, self.sequences[sequence], tokens, top))
+            case m.Stop():
+                for waiting in list(self.calls.values()):
+                    self._fail(waiting, Cancelled("the engine was closed"))
+
+    def _submit(self, call: Call) -> None:
+        if len(self.calls) >= self.limits.queue:
+            self.emit(failure(call.id, Overloaded(f"{len(self.calls)} calls are waiting")))
+            return
+        self.calls[call.id] = call
+        call.sequence.calls.append(call)
+
+    def _extend(self, sequence: Sequence, tokens: list[int]) -> None:
+        """Behind calls that still run, the tokens wait: those calls see the history they were made for."""
+        if sequence.calls:
+            sequence.calls[-1].then_extend.extend(tokens)
+        else:
+            sequence.tokens.extend(tokens)
+
+    def _truncate(self, call: int, sequence: Sequence, length: int) -> None:
+        if sequence.calls or not sequence.computed <= length <= len(sequence.tokens):
+            reason = f"not in {sequence.computed}..{len(sequence.tokens)}, or the sequence is busy"
+            self.emit(failure(call, RequestError("length", length, reason)))
+            return
+        del sequence.tokens[length:]
+        self.emit(m.Done(call=call, usage=m.Usage(), length=length))
+
+    def _close(self, number: int) -> None:
+        sequence = self.sequences.pop(number, None)
+        if sequence is None:
+            return  # the child of a fork that failed or was cancelled
+        for call in list(sequence.calls):
+            self._fail(call, Cancelled("its sequence was closed"))
+        if sequence.state is not None:
+            sequence.state.close()
+            sequence.state = None
+
+    # -- one step ---------------------------------------------------------------------------------------
+
+    def has_work(self) -> bool:
+        return bool(self.calls)
+
+    def step(self) -> None:
+        """Run one batch: a token of every decoding call, and prefill chunks up to the budget."""
+        self._advance()
+        active = sorted(self._heads(), key=lambda call: call.id)
+        work = self._schedule(active)
+        if not work:
+            if active:
+                self._fail(active[-1], Overloaded("no KV memory left and no running call will free any"))
+            return
+        for item, rows, previous in zip(work, *self._forward(work), strict=True):
+            item.call.ran(item.tokens, rows, previous, self.model)
+        self._advance()
+
+    def _schedule(self, active: list[Call]) -> list[Work]:
+        """Oldest calls first; decodes cost one token, so they come before prefill."""
+        work: list[Work] = []
+        budget = self.limits.chunk
+        for call in sorted(active, key=lambda call: len(call.pending()) > 1):
+            pending = call.pending()
+            count = min(len(pending), budget if len(pending) > 1 else 1)
+            if count == 0:
+                continue
+            state = self._state_of(call.sequence)
+            if state is None or not state.can_reserve(count):
+                continue
+            state.reserve(count)
+            work.append(Work(call, state, pending[:count]))
+            if len(pending) > 1:
+                budget -= count
+        return work
+
+    def _heads(self) -> list[Call]:
+        """The call whose turn it is on each sequence, refused if it cannot end well."""
+        heads = []
+        for sequence in list(self.sequences.values()):
+            while sequence.calls:
+                call = sequence.calls[0]
+                call.take_turn()
+                error = self._refusal(call)
+                if error is None:
+                    heads.append(call)
+                    break
+                self._fail(call, error)
+        return heads
+
+    def _refusal(self, call: Call) -> WeftError | None:
+        limit = self.pools.sizes.context
+        if call.final_length() > limit:
+            return ContextLengthError("tokens", call.final_length(), f"the context holds {limit}")
+        if isinstance(call, GenerateCall) and not call.sequence.tokens:
+            return RequestError("tokens", [], "cannot generate from an empty history")
+        return None
+
+    def _state_of(self, sequence: Sequence) -> SequenceState | None:
+        if sequence.state is None and self.pools.free_slots:
+            sequence.state = SequenceState(self.pools)
+        return sequence.state
+
+    def _forward(self, work: list[Work]) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Run the work and commit it; returns each item's streams [n, hc, D], and [S, hc, D] those before them."""
+        now = time.monotonic()
+        spans = [Span(item.state.slot, item.state.length, len(item.tokens)) for item in work]
+        ids = torch.tensor([token for item in work for token in item.tokens])
+        previous = self.pools.streams[torch.tensor([span.slot for span in spans])]
+        streams = self.model.forward(ids, Batch(self.pools, spans))
+        for item in work:
+            item.state.commit(len(item.tokens))
+            item.call.begin(now)
+        return streams.split([len(item.tokens) for item in work]), previous
+
+    # -- calls whose tokens are computed ----------------------------------------------------------------
+
+    def _advance(self) -> None:
+        """Let every call that needs no more computation act, until none does."""
+        while True:
+            ready = [call for call in self._heads() if not call.pending()]
+            drawing = [call for call in ready if isinstance(call, GenerateCall)]
+            acted = [self._act(call) for call in ready if not isinstance(call, GenerateCall)]
+            if drawing:
+                self._draw(drawing)
+            if not any(acted) and not drawing:
+                return
+
+    def _act(self, call: Call) -> bool:
+        if isinstance(call, ForkCall):
+            if not self._can_fork(call):
+                return False
+            self._fork(call)
+        else:
+            self._finish(call)
+        return True
+
+    def _can_fork(self, call: ForkCall) -> bool:
+        return call.sequence.state is None or self.pools.free_slots >= len(call.children)
+
+    def _fork(self, call: ForkCall) -> None:
+        source = call.sequence
+        for number in call.children:
+            child = Sequence(list(source.tokens))
+            child.state = source.state.fork() if source.state is not None else None
+            self.sequences[number] = child
+        self._finish(call)
+
+    def _draw(self, calls: list[GenerateCall]) -> None:
+        """Sample one token for each call from the streams of its last computed token."""
+        live = [call for call in calls if not self._finish_if_done(call)]
+        if not live:
+            return
+        slots = [call.sequence.state.slot for call in live if call.sequence.state is not None]
+        assert len(slots) == len(live)
+        logits = self.model.logits(self.pools.streams[torch.tensor(slots)])
+        for call, token, row in zip(
+            live, sample(logits, [c.draw(self.undefined) for c in live]), logits, strict=True
+        ):
+            event = call.drawn(token, row)
+            if event is not None:
+                self.emit(event)
+            self._finish_if_done(call)
+
+    def _finish_if_done(self, call: GenerateCall) -> bool:
+        if call.finish_reason is None:
+            return False
+        event = call.flush()
+        if event is not None:
+            self.emit(event)
+        self._finish(call)
+        return True
+
+    def _finish(self, call: Call) -> None:
+        self._forget(call)
+        self.emit(call.done())
+
+    def _fail(self, call: Call, error: WeftError) -> None:
+        self._forget(call)
+        self.emit(failure(call.id, error))
+
+    def _forget(self, call: Call) -> None:
+        del self.calls[call.id]
+        call.sequence.calls.remove(call)
+        call.sequence.tokens.extend(call.then_extend)
+
+
+def failure(call: int, error: WeftError) -> m.Failed:
+    """The message that carries an exception to the front."""
+    kind = type(error).__name__
+    if isinstance(error, RequestError):
+        return m.Failed(call, kind, error.reason, error.field, error.value)
+    return m.Failed(call, kind, str(error))

@@ -1,0 +1,145 @@
+"""Messages between an engine's front and its core.
+
+Plain data only, no tensors: the same messages serve a core in a thread and, later, one in a process.
+Sequence and call ids are chosen by the front. Calls on one sequence run in the order they were sent.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from weft.runtime.decoding.params import SamplingParams
+
+# -- front to core ----------------------------------------------------------------------------------------
+
+
+class Open(msgspec.Struct, frozen=True, tag=True):
+    """Create sequence `sequence` with this history."""
+
+    sequence: int
+    tokens: list[int]
+
+
+class Extend(msgspec.Struct, frozen=True, tag=True):
+    """Append tokens; they are computed when a later call needs them."""
+
+    sequence: int
+    tokens: list[int]
+
+
+class Truncate(msgspec.Struct, frozen=True, tag=True):
+    """Drop tokens from the end, back to `length`; only tokens not computed yet can go."""
+
+    call: int
+    sequence: int
+    length: int
+
+
+class Fork(msgspec.Struct, frozen=True, tag=True):
+    """Compute the whole history once, then create `children` sharing it."""
+
+    call: int
+    sequence: int
+    children: list[int]
+
+
+class Generate(msgspec.Struct, frozen=True, tag=True):
+    """Sample tokens; they become part of the sequence's history. `params.seed` is set."""
+
+    call: int
+    sequence: int
+    params: SamplingParams
+
+
+class Score(msgspec.Struct, frozen=True, tag=True):
+    """Append tokens and report the log-probability of each, with `top` alternatives."""
+
+    call: int
+    sequence: int
+    tokens: list[int]
+    top: int = 0
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    """End a call now, wherever it is; the sequence keeps the tokens it has."""
+
+    call: int
+
+
+class Close(msgspec.Struct, frozen=True, tag=True):
+    """Forget a sequence and free its state; its calls end as cancelled."""
+
+    sequence: int
+
+
+class Stop(msgspec.Struct, frozen=True, tag=True):
+    """End the core."""
+
+
+Request = Open | Extend | Truncate | Fork | Generate | Score | Cancel | Close | Stop
+
+# -- core to front ----------------------------------------------------------------------------------------
+
+
+class Logprob(msgspec.Struct, frozen=True):
+    """One token's log-probability; `top` lists (token, logprob) of the best alternatives."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]] = []
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """What a call took. Counts are tokens, times seconds.
+
+    history: tokens before the call's own. cached: of those, already computed when the call began.
+    computed: tokens run through the model for it. first_token: from submission to the first token.
+    """
+
+    history: int = 0
+    cached: int = 0
+    computed: int = 0
+    generated: int = 0
+    queued: float = 0.0
+    first_token: float = 0.0
+    total: float = 0.0
+
+
+class Delta(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """New tokens of a generation. `text` never holds half a character nor part of a stop."""
+
+    call: int
+    tokens: list[int]
+    text: str
+    logprobs: list[Logprob] = []
+
+
+class Done(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """A call ended well. finish_reason: stop, length or empty for calls that generate nothing.
+
+    stop: what ended it (a stop string, or a token id). kept: generated tokens that lie wholly in the returned
+    text: a stop cuts off those behind. length: tokens in the sequence's history now.
+    """
+
+    call: int
+    usage: Usage
+    length: int
+    finish_reason: str = ""
+    stop: str | int | None = None
+    kept: int = 0
+    logprobs: list[Logprob] = []
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """A call ended with an error: `kind` names a class in `weft.runtime.errors`; request errors have a field."""
+
+    call: int
+    kind: str
+    reason: str
+    field: str = ""
+    value: Any = None
+
+
+Event = Delta | Done | Failed

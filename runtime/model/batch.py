@@ -1,0 +1,227 @@
+"""One step's tokens, flattened over sequences, and the index tensors that every layer shares.
+
+Everything here depends on positions and page tables only, never on token values, and is computed once per step
+with tensor operations over the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from weft.kernels.attention import KeyList
+from weft.kernels.compress import FoldPlan
+from weft.kernels.indexer import COLUMNS, QueryBlocks, block_rows
+from weft.runtime.cache.pools import C4_TAIL, PageKind, Pools
+from weft.runtime.config import C4, C128
+
+# Prefill queries scored together by the indexer: they read the same keys.
+_PREFILL_BLOCK = 16
+
+
+@dataclass(frozen=True)
+class Span:
+    """`count` consecutive tokens of the sequence in `slot`, the first at position `start`."""
+
+    slot: int
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """Compressed entries that this step completes.
+
+    sequence, entry: [E] int64 which sequence of the batch and which entry of it. target: [E] pool row.
+    position: [E] RoPE position (first token of the entry).
+    """
+
+    sequence: Tensor
+    entry: Tensor
+    target: Tensor
+    position: Tensor
+
+
+class Batch:
+    """Index tensors for `spans` over `pools`. Rows of all spans must be reserved; results expire when any
+    page table of these sequences changes."""
+
+    def __init__(self, pools: Pools, spans: Sequence[Span]) -> None:
+        assert spans and all(span.count > 0 for span in spans)
+        self.pools = pools
+        self.spans = spans
+        self.slots = torch.tensor([span.slot for span in spans])
+        self.starts = torch.tensor([span.start for span in spans])
+        self.counts = torch.tensor([span.count for span in spans])
+        self.ends = self.starts + self.counts
+        self.offsets = self.counts.cumsum(0) - self.counts
+        self.tokens = int(self.counts.sum())
+        self.sequence = torch.repeat_interleave(self.counts)
+        self.positions = torch.arange(self.tokens) + (self.starts - self.offsets)[self.sequence]
+
+    # -- rows -------------------------------------------------------------------------------------------
+
+    def rows(self, kind: PageKind, sequence: Tensor, index: Tensor) -> Tensor:
+        """Pool row (in `kv`, for compressed kinds relative to their base) of entry `index` of a sequence."""
+        page = self.pools.sizes.page
+        table = self.pools.tables[kind]
+        return table[self.slots[sequence], index // page] + index % page
+
+    @cached_property
+    def last(self) -> Tensor:
+        """Flat row of each sequence's last token."""
+        return self.offsets + self.counts - 1
+
+    @cached_property
+    def window_rows(self) -> Tensor:
+        """[T] kv row each token's own KV is written to."""
+        return self.rows("window", self.sequence, self.positions)
+
+    @cached_property
+    def window_index(self) -> Tensor:
+        """[T, W] kv rows of positions t-W+1..t, -1 before the start."""
+        width = self.pools.config.sliding_window
+        position = self.positions[:, None] - torch.arange(width - 1, -1, -1)
+        row = self.rows("window", self.sequence[:, None], position.clamp_min(0))
+        return row.masked_fill_(position < 0, -1)
+
+    @cached_property
+    def window_keys(self) -> KeyList:
+        return KeyList.of(self.window_index, self.pools.config.sliding_window)
+
+    # -- c4a --------------------------------------------------------------------------------------------
+
+    @cached_property
+    def c4_visible(self) -> Tensor:
+        """[T] entries each token sees, itself completing one included."""
+        return (self.positions + 1) // C4
+
+    def c4_keys(self, entries: Tensor) -> KeyList:
+        """Window and chosen entries; entries: [T, k] int64, -1 where there is none."""
+        row = self.rows("c4", self.sequence[:, None], entries.clamp_min(0)) + self.pools.base["c4"]
+        index = torch.cat((self.window_index, row.masked_fill_(entries < 0, -1)), 1)
+        return KeyList.of(index, index.shape[1])
+
+    @cached_property
+    def c4_all(self) -> Tensor | None:
+        """[T, k] every visible entry, when no token of the batch sees more than k; else None."""
+        k = self.pools.config.index_topk
+        if int(self.c4_visible.max()) > k:
+            return None
+        entry = torch.arange(k).expand(self.tokens, k)
+        return entry.masked_fill(entry >= self.c4_visible[:, None], -1)
+
+    @cached_property
+    def c4_all_keys(self) -> KeyList | None:
+        return None if self.c4_all is None else self.c4_keys(self.c4_all)
+
+    @cached_property
+    def c4_entry_rows(self) -> Tensor:
+        """[S, E] row of every entry of each sequence in the index key pool, E a multiple of COLUMNS."""
+        widest = -(-int(self.ends.max()) // C4)
+        width = max(COLUMNS, -(-widest // COLUMNS) * COLUMNS)
+        page = self.pools.sizes.page
+        index = torch.arange(width)
+        table = self.pools.tables["c4"]
+        number = (index // page).clamp_max(table.shape[1] - 1)
+        row = table[self.slots][:, number] + index % page
+        return row.masked_fill_(index >= (self.ends // C4)[:, None], 0)
+
+    @cached_property
+    def query_blocks(self) -> list[QueryBlocks]:
+        """Queries of the batch in blocks of one sequence each: short spans apart from prefill spans."""
+        least = block_rows(self.pools.config.index_n_heads)
+        short = self.counts <= 2 * least
+        groups = []
+        for chosen, size in ((short, least), (~short, max(least, _PREFILL_BLOCK))):
+            sequences = chosen.nonzero()[:, 0]
+            if sequences.numel():
+                groups.append(self._blocks_of(sequences, size))
+        return groups
+
+    def _blocks_of(self, sequences: Tensor, size: int) -> QueryBlocks:
+        blocks = (self.counts[sequences] + size - 1) // size
+        owner = torch.repeat_interleave(sequences, blocks)
+        number = torch.arange(owner.numel()) - torch.repeat_interleave(blocks.cumsum(0) - blocks, blocks)
+        local = number[:, None] * size + torch.arange(size)
+        keep = local < self.counts[owner, None]
+        rows = self.offsets[owner, None] + torch.minimum(local, self.counts[owner, None] - 1)
+        return QueryBlocks(rows, keep, owner, self.c4_visible[rows])
+
+    @cached_property
+    def c4_pooling(self) -> Pooling:
+        return self._pooling("c4", C4)
+
+    @cached_property
+    def c4_sources(self) -> Tensor:
+        """[E, 8] rows of (tails of the batch's sequences, then the chunk) that each completed entry pools."""
+        done = self.c4_pooling
+        position = (done.position[:, None] - C4) + torch.arange(C4_TAIL)
+        local = position - self.starts[done.sequence, None]
+        in_chunk = self.slots.numel() * C4_TAIL + self.offsets[done.sequence, None] + local
+        in_tail = done.sequence[:, None] * C4_TAIL + position.clamp_min(0) % C4_TAIL
+        return torch.where(local >= 0, in_chunk, in_tail)
+
+    @cached_property
+    def c4_tail_writes(self) -> tuple[Tensor, Tensor]:
+        """(flat slot*8 + row of the tail, row of the chunk) for the last rows of each sequence."""
+        keep = self.positions >= (self.ends - C4_TAIL)[self.sequence]
+        source = keep.nonzero()[:, 0]
+        target = self.slots[self.sequence[source]] * C4_TAIL + self.positions[source] % C4_TAIL
+        return target, source
+
+    # -- c128a ------------------------------------------------------------------------------------------
+
+    @cached_property
+    def c128_keys(self) -> KeyList:
+        """Window, then every visible entry at its absolute place."""
+        width = self.pools.config.sliding_window
+        visible = (self.positions + 1) // C128
+        columns = -(-int(visible.max()) // width) * width
+        if columns == 0:
+            return self.window_keys
+        entry = torch.arange(columns).expand(self.tokens, columns)
+        hidden = entry >= visible[:, None]
+        row = self.rows("c128", self.sequence[:, None], entry.masked_fill(hidden, 0)) + self.pools.base["c128"]
+        return KeyList.of(torch.cat((self.window_index, row.masked_fill_(hidden, -1)), 1), width)
+
+    @cached_property
+    def c128_pooling(self) -> Pooling:
+        return self._pooling("c128", C128)
+
+    @cached_property
+    def c128_fold(self) -> FoldPlan:
+        first_group = self.starts // C128
+        groups = (self.ends - 1) // C128 - first_group + 1
+        owner = torch.repeat_interleave(groups)
+        number = torch.arange(owner.numel()) - (groups.cumsum(0) - groups)[owner] + first_group[owner]
+        start = torch.maximum(number * C128, self.starts[owner])
+        end = torch.minimum((number + 1) * C128, self.ends[owner])
+        taken = end - start
+        order = torch.argsort(taken, descending=True, stable=True)
+        row = (self.offsets[owner] + start - self.starts[owner])[order]
+        sizes = taken[order]
+        active = torch.arange(int(sizes[0]))[:, None] < sizes
+        rows = tuple(row[: int(n)] + i for i, n in enumerate(active.sum(1).tolist()))
+        closed = (end % C128 == 0)[order]
+        # Completed entries come back in the order of `c128_pooling`: by sequence, then by entry.
+        rank = torch.argsort(order)
+        closed_groups = rank[(end % C128 == 0).nonzero()[:, 0]]
+        return FoldPlan(
+            rows,
+            self.slots[owner][order],
+            (start % C128 == 0)[order],
+            closed_groups,
+            (~closed).nonzero()[:, 0],
+        )
+
+    def _pooling(self, kind: PageKind, ratio: int) -> Pooling:
+        first = self.starts // ratio
+        counts = self.ends // ratio - first
+        sequence = torch.repeat_interleave(counts)
+        entry = torch.arange(sequence.numel()) - (counts.cumsum(0) - counts)[sequence] + first[sequence]
+        return Pooling(sequence, entry, self.rows(kind, sequence, entry), entry * ratio)

@@ -1,0 +1,130 @@
+"""The compressors of c4a and c128a layers, and the c4a indexer.
+
+They run in float32 whatever the model's dtype (published inference code). Their inputs of unfinished groups are
+the only per-sequence state besides KV rows: `Pools.c4_tail` and `Pools.c128_fold`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from weft.kernels.attention import KeyList
+from weft.kernels.compress import fold_c128, pool_c4
+from weft.kernels.indexer import select_entries
+from weft.kernels.linear import Linear
+from weft.kernels.norm import rms_norm
+from weft.kernels.quant import hadamard, simulate_fp4, simulate_fp8_
+from weft.kernels.rope import rotate_
+from weft.runtime.config import ModelConfig
+from weft.runtime.model.context import StepContext
+from weft.runtime.model.weights import Weights
+
+
+class C128Compressor:
+    """Dense 128:1 compression. `index` numbers the layer among the c128a layers."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, index: int, quant_sim: bool) -> None:
+        self.config = config
+        self.index = index
+        self.quant_sim = quant_sim
+        self.project = weights.wide_linear("wkv.weight", "wgate.weight")
+        self.ape = weights.wide("ape")
+        self.norm = weights.wide("norm.weight")
+
+    def write(self, x: Tensor, step: StepContext, pool: Tensor) -> None:
+        """Fold x [T, D] into the open groups and store the entries it completes."""
+        batch = step.batch
+        values, scores = self.project(x).chunk(2, dim=1)
+        scores = scores + self.ape[batch.positions % self.ape.shape[0]]
+        entries = fold_c128(values, scores, step.pools.c128_fold[self.index], batch.c128_fold)
+        if not entries.shape[0]:
+            return
+        entries = rotate_(rms_norm(entries, self.norm, self.config.rms_norm_eps), step.c128_entries)
+        if self.quant_sim:
+            simulate_fp8_(entries, self.config.nope_head_dim)
+        pool[batch.c128_pooling.target + step.pools.base["c128"]] = entries.to(pool.dtype)
+
+
+class C4Compressor:
+    """Overlapping 4:1 compression with the lightning indexer. `index` numbers the layer among the c4a layers.
+
+    The attention's and the indexer's compressors read the same tokens in the same pattern, so one linear and one
+    tail serve both: channels are [value, indexer value, score, indexer score], each twice its width.
+    """
+
+    def __init__(
+        self, config: ModelConfig, weights: Weights, indexer: Weights, index: int, quant_sim: bool
+    ) -> None:
+        self.config = config
+        self.index = index
+        self.quant_sim = quant_sim
+        own = indexer.under("compressor.")
+        parts = [source.wide(name) for name in ("wkv.weight", "wgate.weight") for source in (weights, own)]
+        self.project = Linear(torch.cat(parts))
+        self.ape = torch.cat((weights.wide("ape"), own.wide("ape")), 1)
+        self.norm = weights.wide("norm.weight")
+        self.key_norm = own.wide("norm.weight")
+        self.wq_b = indexer.linear("wq_b.weight")
+        self.weights_proj = indexer.linear("weights_proj.weight")
+        self.hadamard = Linear(hadamard(config.index_head_dim)) if quant_sim else None
+        self.score_scale = (config.index_head_dim * config.index_n_heads) ** -0.5
+
+    def keys(self, x: Tensor, qr: Tensor, step: StepContext, pool: Tensor) -> KeyList:
+        """Store the entries x [T, D] completes, then choose each query's entries."""
+        self._write(x, step, pool)
+        return step.batch.c4_all_keys or step.batch.c4_keys(self._select(x, qr, step))
+
+    def _write(self, x: Tensor, step: StepContext, pool: Tensor) -> None:
+        batch, config = step.batch, self.config
+        rows = self.project(x)
+        half = rows.shape[1] // 2
+        rows[:, half:] += self.ape[batch.positions % self.ape.shape[0]]
+        tail = step.pools.c4_tail[self.index]
+        source = torch.cat((tail[batch.slots].flatten(0, 1), rows))
+        target, kept = batch.c4_tail_writes
+        tail.view(-1, rows.shape[1])[target] = rows[kept]
+        done = batch.c4_pooling
+        if not done.entry.numel():
+            return
+        first = done.entry == 0
+        values, scores = source[batch.c4_sources].chunk(2, dim=2)
+        wide, narrow = 2 * config.head_dim, 2 * config.index_head_dim
+        value, key_value = values.split([wide, narrow], dim=2)
+        score, key_score = scores.split([wide, narrow], dim=2)
+        entries = pool_c4(value, score, first)
+        entries = rotate_(rms_norm(entries, self.norm, config.rms_norm_eps), step.c4_entries)
+        keys = pool_c4(key_value, key_score, first)
+        keys = rotate_(rms_norm(keys, self.key_norm, config.rms_norm_eps), step.c4_entries)
+        if self.quant_sim:
+            simulate_fp8_(entries, config.nope_head_dim)
+            keys = self._round(keys)
+        pool[done.target + step.pools.base["c4"]] = entries.to(pool.dtype)
+        index_keys = step.pools.index_keys[self.index]
+        index_keys[done.target] = keys.to(index_keys.dtype)
+
+    def _round(self, x: Tensor) -> Tensor:
+        """Hadamard rotation and FP4 rounding of [N, dI]; a no-op on scores without rounding, so left out then."""
+        assert self.hadamard is not None
+        return simulate_fp4(self.hadamard(x))
+
+    def _select(self, x: Tensor, qr: Tensor, step: StepContext) -> Tensor:
+        """[T, k] entries with the highest indexer scores."""
+        batch, config = step.batch, self.config
+        heads, dim = config.index_n_heads, config.index_head_dim
+        q = rotate_(self.wq_b(qr).unflatten(1, (heads, dim)).float(), step.compressed.forward)
+        if self.quant_sim:
+            q = self._round(q.flatten(0, 1)).view(-1, heads, dim)
+        weights = self.weights_proj(x).float() * self.score_scale
+        chosen = torch.empty(batch.tokens, config.index_topk, dtype=torch.int64)
+        for blocks in batch.query_blocks:
+            select_entries(
+                q,
+                weights,
+                step.pools.index_keys[self.index],
+                batch.c4_entry_rows,
+                blocks,
+                config.index_topk,
+                chosen,
+            )
+        return chosen

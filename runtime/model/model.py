@@ -1,0 +1,127 @@
+"""The whole network over one flattened batch, and its MTP block.
+
+One code path serves prefill, chunked prefill, decode and verify rows: a token is a row with a position in a
+sequence, and reads the sequence's state through the batch's index tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from weft.kernels.hyper import HeadMixer
+from weft.kernels.linear import Linear
+from weft.kernels.norm import rms_norm
+from weft.runtime.config import ModelConfig
+from weft.runtime.model.batch import Batch
+from weft.runtime.model.block import Block
+from weft.runtime.model.context import Rope, StepContext
+from weft.runtime.model.weights import Weights
+
+
+class Model:
+    """A DeepSeek-V4 network. Stateless: all sequence state is in the `Pools` of the batch."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: Mapping[str, Tensor],
+        *,
+        dtype: torch.dtype = torch.float32,
+        quant_sim: bool = False,
+    ) -> None:
+        """tensors: official names to dequantised values (`weft.runtime.checkpoint`).
+        quant_sim: round KV rows to FP8 and indexer vectors to FP4 as the released model does."""
+        weights = Weights(tensors, dtype)
+        self.config = config
+        self.dtype = dtype
+        self.rope = Rope(config)
+        self.embed = weights.model("embed.weight")
+        self.blocks = [
+            Block(
+                config,
+                weights.under(f"layers.{i}."),
+                i,
+                kind,
+                hashed=config.is_hash_layer(i),
+                quant_sim=quant_sim,
+            )
+            for i, kind in enumerate(config.layer_kinds)
+        ]
+        self.readout = Readout(config, weights)
+        self.head = weights.wide_linear("head.weight")
+        self.mtp = MtpBlock(config, weights, quant_sim) if config.has_mtp else None
+
+    @torch.inference_mode()
+    def forward(self, ids: Tensor, batch: Batch) -> Tensor:
+        """Backbone streams of every token, before the readout.
+
+        ids: [T] int64 token ids in batch order. Returns [T, hc, D]. Writes KV rows, entries and tails of the
+        batch's sequences, and their last streams to `Pools.streams`.
+        """
+        step = StepContext(batch, self.rope)
+        h = self.embed[ids][:, None].expand(-1, self.config.hc_mult, -1)
+        for block in self.blocks:
+            h = block(h, ids, step)
+        batch.pools.streams[batch.slots] = h[batch.last].to(batch.pools.streams.dtype)
+        return h
+
+    @torch.inference_mode()
+    def logits(self, h: Tensor) -> Tensor:
+        """[n, hc, D] backbone streams -> [n, V] float32."""
+        return self.head(self.readout(h))
+
+    @torch.inference_mode()
+    def forward_mtp(self, h: Tensor, next_ids: Tensor, batch: Batch) -> Tensor:
+        """MTP streams of each row, from which `mtp_logits` predicts the token after next.
+
+        h: [T, hc, D] backbone (or, when drafting further, MTP) streams at the batch's positions; next_ids: [T]
+        the tokens that follow them. Returns [T, hc, D]; writes the MTP layer's window rows.
+        """
+        assert self.mtp is not None, "the config has no MTP block"
+        return self.mtp(h, self.embed[next_ids], next_ids, StepContext(batch, self.rope))
+
+    @torch.inference_mode()
+    def mtp_logits(self, h: Tensor) -> Tensor:
+        """[n, hc, D] MTP streams -> [n, V] float32."""
+        assert self.mtp is not None, "the config has no MTP block"
+        return self.head(self.mtp.readout(h))
+
+
+class Readout:
+    """Streams to the head's input: the head mixer, then the final norm."""
+
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        self.eps = config.rms_norm_eps
+        self.mixer = HeadMixer(
+            weights.wide("hc_head_fn"),
+            weights.wide("hc_head_base"),
+            weights.wide("hc_head_scale"),
+            hc_eps=config.hc_eps,
+            norm_eps=config.rms_norm_eps,
+        )
+        self.norm = weights.wide("norm.weight")
+
+    def __call__(self, h: Tensor) -> Tensor:
+        return rms_norm(self.mixer(h), self.norm, self.eps)
+
+
+class MtpBlock:
+    """The multi-token-prediction layer: a window block over (streams at i, embedding of token i+1)."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, quant_sim: bool) -> None:
+        own = weights.under("mtp.0.")
+        self.eps = config.rms_norm_eps
+        self.enorm, self.hnorm = own.wide("enorm.weight"), own.wide("hnorm.weight")
+        self.e_proj: Linear = own.linear("e_proj.weight")
+        self.h_proj: Linear = own.linear("h_proj.weight")
+        layer = config.num_hidden_layers
+        self.block = Block(config, own, layer, "window", hashed=False, quant_sim=quant_sim)
+        self.readout = Readout(config, own)
+
+    def __call__(self, h: Tensor, embedding: Tensor, ids: Tensor, step: StepContext) -> Tensor:
+        e = self.e_proj(rms_norm(embedding, self.enorm, self.eps))
+        projected = self.h_proj(rms_norm(h, self.hnorm, self.eps).flatten(0, 1)).view_as(h)
+        return self.block(e[:, None] + projected, ids, step)

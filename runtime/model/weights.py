@@ -1,0 +1,64 @@
+"""Access to a model's weights by their official names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from weft.kernels.linear import Linear
+
+
+class Draining(Mapping[str, Tensor]):
+    """Hands each tensor out once and forgets it, so that building a model from freshly loaded weights never holds
+    both them and the fused copies. Owns the dict it is given, and empties it."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors.pop(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+class Weights:
+    """A view of official-name tensors under a prefix.
+
+    `dtype` is the model's compute dtype. Tensors that DeepSeek-V4 keeps in float32 whatever the model's dtype
+    (norms, gates, compressors, hyper-connections, sinks, head) are read with `wide`.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, prefix: str = "") -> None:
+        self._tensors = tensors
+        self.dtype = dtype
+        self._prefix = prefix
+
+    def under(self, prefix: str) -> Weights:
+        return Weights(self._tensors, self.dtype, self._prefix + prefix)
+
+    def raw(self, name: str) -> Tensor:
+        return self._tensors[self._prefix + name]
+
+    def wide(self, name: str) -> Tensor:
+        return self.raw(name).float()
+
+    def model(self, name: str) -> Tensor:
+        return self.raw(name).to(self.dtype)
+
+    def linear(self, *names: str) -> Linear:
+        """One linear from the rows of several weights, in the model's dtype."""
+        return Linear(_rows([self.model(name) for name in names]))
+
+    def wide_linear(self, *names: str) -> Linear:
+        """The same in float32."""
+        return Linear(_rows([self.wide(name) for name in names]))
+
+
+def _rows(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

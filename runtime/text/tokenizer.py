@@ -1,0 +1,108 @@
+"""Text to token ids and back, over a checkpoint's tokenizer.json."""
+
+from __future__ import annotations
+
+import codecs
+from functools import cached_property
+from pathlib import Path
+
+import tokenizers
+
+from weft.runtime.errors import CheckpointError
+from weft.runtime.text.tokens import BOS, EOS, LEADING, TRAILING
+
+
+class Tokenizer:
+    """A byte-level BPE tokenizer with V4's special tokens."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        self._backend = backend
+        self._specials = {id: token.content.encode() for id, token in backend.get_added_tokens_decoder().items()}
+        self.size = backend.get_vocab_size(with_added_tokens=True)
+
+    @classmethod
+    def load(cls, path: Path) -> Tokenizer:
+        """Read `path`/tokenizer.json (or the file itself)."""
+        file = path / "tokenizer.json" if path.is_dir() else path
+        if not file.exists():
+            raise CheckpointError(f"{file}: no tokenizer.json")
+        try:
+            return cls(tokenizers.Tokenizer.from_file(str(file)))
+        except Exception as error:  # the library raises bare Exception for a malformed file
+            raise CheckpointError(f"{file}: not a tokenizer: {error}") from error
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids; the spelling of a special token becomes that token. Adds no BOS."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of the tokens, specials spelled out; bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes one token stands for; empty for an id the tokenizer does not define."""
+        special = self._specials.get(id)
+        if special is not None:
+            return special
+        token = self._backend.id_to_token(id)
+        return bytes(map(_BYTE_OF_CHAR.__getitem__, token)) if token is not None else b""
+
+    @cached_property
+    def bos(self) -> int:
+        return self._special(BOS)
+
+    @cached_property
+    def eos(self) -> int:
+        return self._special(EOS)
+
+    def _special(self, content: str) -> int:
+        id: int | None = self._backend.token_to_id(content)
+        if id is None:
+            raise CheckpointError(f"tokenizer.json lacks the token {content}")
+        return id
+
+
+class TextStream:
+    """Decodes tokens one by one and never shows half a character.
+
+    The pieces join to exactly what `Tokenizer.decode` gives for all tokens, `finish` included.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, id: int) -> str:
+        return self._decoder.decode(self._tokenizer.token_bytes(id))
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+def byte_tokenizer_json() -> str:
+    """tokenizer.json of a tokenizer without merges: V4's special tokens and the 256 bytes.
+
+    For checkpoints with random weights. Ids: BOS, EOS, PAD are 0..2, byte b is 3 + b, then the other specials.
+    """
+    vocabulary = {token: id for id, token in enumerate(LEADING)}
+    for char in sorted(_BYTE_OF_CHAR, key=_BYTE_OF_CHAR.__getitem__):
+        vocabulary[char] = len(vocabulary)
+    for token in TRAILING:
+        vocabulary[token] = len(vocabulary)
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in (*LEADING, *TRAILING)])
+    json: str = backend.to_str()
+    return json
+
+
+def _byte_chars() -> dict[str, int]:
+    """GPT-2's printable stand-ins: visible Latin-1 bytes stand for themselves, the rest follow from U+0100."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [b for b in range(256) if b not in visible]
+    return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
+
+
+_BYTE_OF_CHAR = _byte_chars()

@@ -1,0 +1,1 @@
+"""Helpers shared by tests; tests/conftest.py says how they are imported."""
