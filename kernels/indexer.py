@@ -67,6 +67,9 @@ def select_entries(
     """
     widest = int(blocks.visible.max()) if blocks.visible.numel() else 0
     columns = -(-widest // COLUMNS) * COLUMNS
+    if columns == 0:
+        out[blocks.rows[blocks.keep]] = -1
+        return
     per_block = blocks.rows.shape[1] * columns * (q.shape[1] + 6)
     step = max(1, _BLOCK_ELEMENTS // max(1, per_block))
     for i in range(0, blocks.rows.shape[0], step):

@@ -10,7 +10,9 @@ from support.tree import FOLDERS, ROOT, repo_files
 
 MAX_FILE_LINES = 350  # the aim is 300
 MAX_FUNCTION_LINES = 60  # the aim is 40
-EXEMPT: dict[str, str] = {}  # path -> why it may be longer, such as a generated table
+EXEMPT: dict[str, str] = {  # path -> why it may be longer
+    "tests/support/reference.py": "one oracle, read from top to bottom",
+}
 
 BROAD = {"Exception", "BaseException"}
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb"}

@@ -93,7 +93,10 @@ class Core:
             case m.Fork(call, sequence, children):
                 self._submit(ForkCall(call, self.sequences[sequence], children))
             case m.Generate(call, sequence, params):
-                self._submit(GenerateCall(call, self.sequences[sequence], params, self.tokenizer))
+                try:
+                    self._submit(GenerateCall(call, self.sequences[sequence], params, self.tokenizer))
+                except RequestError as error:  # a stop_regex that RE2 refuses
+                    self.emit(failure(call, error))
             case m.Score(call, sequence, tokens, top):
                 self._submit(ScoreCall(call, self.sequences[sequence], tokens, top))
             case m.Stop():

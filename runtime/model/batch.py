@@ -79,7 +79,9 @@ class Batch:
     @cached_property
     def window_rows(self) -> Tensor:
         """[T] kv row each token's own KV is written to."""
-        return self.rows("window", self.sequence, self.positions)
+        rows = self.rows("window", self.sequence, self.positions)
+        assert int(rows.min()) > 0, "rows that are not reserved, or that the window has left"
+        return rows
 
     @cached_property
     def window_index(self) -> Tensor:

@@ -79,3 +79,15 @@ def run_together(
         state.close()
     pools.check()
     return [model.logits(torch.cat(parts)) for parts in out]
+
+
+def greedy(model: Model, prompt: Sequence[int], steps: int) -> list[int]:
+    """`steps` tokens by argmax, one decode step each."""
+    state = SequenceState(pools_for(model, [[*prompt, *[0] * steps]]))
+    out: list[int] = []
+    part = list(prompt)
+    for _ in range(steps):
+        streams = step(model, [(state, part)])[0]
+        out.append(int(model.logits(streams[-1:]).argmax()))
+        part = [out[-1]]
+    return out

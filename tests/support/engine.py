@@ -1,0 +1,185 @@
+"""A model small enough for hundreds of steps, engines on it, and waits that fail instead of hanging.
+
+Every engine made by `running` is checked for leaks when its test has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, TypeVar
+
+import tokenizers
+import torch
+from torch import Tensor
+
+from support.run import run
+from weft.runtime.cache.pools import Pools, PoolSizes
+from weft.runtime.checkpoint.dummy import dummy_weights
+from weft.runtime.config import ModelConfig, preset
+from weft.runtime.decoding.params import SamplingParams
+from weft.runtime.decoding.sampler import Draw, sample
+from weft.runtime.engine.core import CoreLimits
+from weft.runtime.engine.front import Engine, EngineConfig
+from weft.runtime.model.batch import Batch
+from weft.runtime.model.model import Model
+from weft.runtime.text.tokenizer import Tokenizer, byte_tokenizer_json
+
+T = TypeVar("T")
+
+SECONDS = 60.0  # after which a wait has failed
+VOCABULARY = 272  # the byte tokenizer defines 265 of them
+EOS = 1
+
+
+def small_config(*ratios: int, mtp: bool = True) -> ModelConfig:
+    """Layers of these ratios, a window of 16, and 4 entries picked by the indexer."""
+    return dataclasses.replace(
+        preset("tiny"),
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=len(ratios),
+        compress_ratios=(*ratios, 0),
+        num_attention_heads=2,
+        head_dim=32,
+        qk_rope_head_dim=8,
+        q_lora_rank=16,
+        o_lora_rank=8,
+        o_groups=1,
+        sliding_window=16,
+        index_head_dim=16,
+        index_topk=4,
+        n_routed_experts=3,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        num_hash_layers=1,
+        hc_sinkhorn_iters=2,
+        num_nextn_predict_layers=int(mtp),
+    )
+
+
+@cache
+def small_model(*ratios: int, mtp: bool = True) -> Model:
+    """Random weights; c4a then c128a unless told. Ids the tokenizer lacks get logits that would win often."""
+    config = small_config(*(ratios or (4, 128)), mtp=mtp)
+    weights = dummy_weights(config, seed=1)
+    weights["head.weight"][byte_tokenizer().size :] *= 3
+    return Model(config, weights)
+
+
+@cache
+def byte_tokenizer() -> Tokenizer:
+    return Tokenizer(tokenizers.Tokenizer.from_str(byte_tokenizer_json()))
+
+
+def some_tokens(count: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, byte_tokenizer().size, (count,), generator=generator).tolist()
+
+
+# -- what an output has to be ------------------------------------------------------------------------
+
+
+def drawn_again(prompt: Sequence[int], output: Sequence[int], params: SamplingParams) -> list[int]:
+    """The tokens that sampling picks from the logits of one cold run, given those before them."""
+    logits = run(small_model(), [*prompt, *output[:-1]])[len(prompt) - 1 :]
+    counts: dict[int, int] = {}
+    draws = []
+    for i, token in enumerate(output):
+        blocked = list(range(byte_tokenizer().size, VOCABULARY))
+        if i < params.min_tokens:
+            blocked += [*params.stop_token_ids, *([] if params.ignore_eos else [EOS])]
+        draws.append(Draw(params, params.seed or 0, len(prompt) + i, blocked, dict(counts)))
+        counts[token] = counts.get(token, 0) + 1
+    return sample(logits, draws)
+
+
+# -- engines -----------------------------------------------------------------------------------------
+
+
+class Gate:
+    """A model whose steps wait while the gate is shut; it also notes the tokens of each step."""
+
+    def __init__(self, model: Model | None = None) -> None:
+        self._model = model or small_model()
+        self.config, self.dtype = self._model.config, self._model.dtype
+        self.steps: list[int] = []
+        self._open = threading.Event()
+        self._open.set()
+
+    def shut(self) -> None:
+        self._open.clear()
+
+    def open(self) -> None:
+        self._open.set()
+
+    def forward(self, ids: Tensor, batch: Batch) -> Tensor:
+        self.steps.append(len(ids))
+        assert self._open.wait(SECONDS), "the gate was left shut"
+        return self._model.forward(ids, batch)
+
+    def logits(self, streams: Tensor) -> Tensor:
+        return self._model.logits(streams)
+
+
+@contextmanager
+def running(
+    model: Model | Gate | None = None, *, chunk: int = 64, queue: int = 64, leaks: bool = False, **pools: int
+) -> Iterator[Engine]:
+    """An engine, closed at the end, after everything is free again (unless `leaks`)."""
+    sizes = PoolSizes(**({"tokens": 8192, "slots": 40, "context": 1024, "burst": 512, "page": 16} | pools))
+    config = EngineConfig(pools=sizes, limits=CoreLimits(chunk=chunk, queue=queue))
+    engine = Engine(model or small_model(), byte_tokenizer(), config)  # type: ignore[arg-type]
+    try:
+        yield engine
+        if not leaks:
+            wait_for(lambda: is_idle(engine) and free(engine._core.pools), seconds=10)
+            engine._core.pools.check()
+    finally:
+        stop(engine)
+
+
+def stop(engine: Engine) -> None:
+    closing = threading.Thread(target=engine.close, daemon=True)
+    closing.start()
+    closing.join(SECONDS)
+    assert not closing.is_alive(), "close hangs"
+
+
+def is_idle(engine: Engine) -> bool:
+    """No call, no sequence, and no message that could make one."""
+    core = engine._core
+    return not core.calls and not core.sequences and engine._inbox.empty() and not engine._calls
+
+
+def free(pools: Pools) -> bool:
+    """No slot and no page is held."""
+    pages = all(allocator.free == allocator.total for allocator in pools.allocators.values())
+    tables = all(int(table.count_nonzero()) == 0 for table in pools.tables.values())
+    return pages and tables and pools.free_slots == pools.sizes.slots
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = SECONDS) -> None:
+    """Until another thread has made it true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.002)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """`wait_for` on an event loop."""
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        await asyncio.sleep(0.002)
+
+
+def finish(work: Coroutine[Any, Any, T]) -> T:
+    """Run it on a loop of its own; a hang is a failure."""
+    return asyncio.run(asyncio.wait_for(work, SECONDS))
