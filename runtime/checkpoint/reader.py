@@ -1,0 +1,137 @@
+"""Read a checkpoint: official names and dequantised tensors, one file at a time.
+
+Files are memory-mapped and only one is open at any moment; every tensor handed out is a copy, so
+neither the file nor its mapping is needed once `load` has moved on.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from weft.runtime.checkpoint.headers import read_headers
+from weft.runtime.checkpoint.layout import Weight
+from weft.runtime.checkpoint.plan import Item, Layout, Plan, make_plan
+from weft.runtime.checkpoint.quant import dequantise_fp4, dequantise_fp8
+from weft.runtime.config import ModelConfig
+from weft.runtime.errors import CheckpointError
+
+Progress = Callable[[int, int, str], None]  # bytes done, bytes in total, name of the file just read
+
+
+class Checkpoint:
+    """A checkpoint on disk whose headers were checked against the config; no weight is read yet.
+
+    `config` is that of config.json, without MTP block if the files are Hugging Face's and hold
+    none. `layout` says how the tensors are named, `nbytes` how much `load` will read, `skipped`
+    which stored tensors have no use here (the draft stages of V4-Flash-0731).
+    """
+
+    def __init__(self, path: Path, plan: Plan) -> None:
+        self.path = path
+        self.config: ModelConfig = plan.config
+        self.layout: Layout = plan.layout
+        self.skipped: tuple[str, ...] = plan.skipped
+        self.nbytes: int = sum(item.nbytes for item in plan.items)
+        self._by_file: dict[str, list[Item]] = defaultdict(list)
+        for item in sorted(plan.items, key=lambda item: item.stored.file):
+            self._by_file[item.stored.file].append(item)
+
+    @classmethod
+    def open(cls, path: Path | str, config: ModelConfig | None = None) -> Checkpoint:
+        """Read config.json (unless `config` is given) and the headers of all files in `path`.
+
+        Raises `ConfigError` for the config and one `CheckpointError` that lists every missing,
+        unexpected, misshaped or mistyped tensor and every unreadable file.
+        """
+        path = Path(path)
+        if config is None:
+            config = ModelConfig.load(path)
+        return cls(path, make_plan(config, read_headers(path), str(path)))
+
+    def load(self, dtype: torch.dtype, progress: Progress | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Yield (official name, tensor) for every weight, file by file.
+
+        Floats come as `dtype` (float32 or bfloat16), except those the model always wants in
+        float32 (`Weight.is_float32`); expert tables as int64. Raises `CheckpointError` naming the
+        file if it cannot be read.
+        """
+        assert dtype in (torch.float32, torch.bfloat16), dtype
+        done = 0
+        for file, items in self._by_file.items():
+            scales = self._read_foreign_scales(file, items)
+            with _open(self.path / file) as shard:
+                for item in items:
+                    yield item.weight.name, _read(shard, item, scales, dtype)
+                    done += item.nbytes
+            if progress is not None:
+                progress(done, self.nbytes, file)
+
+    def _read_foreign_scales(self, file: str, items: list[Item]) -> dict[str, Tensor]:
+        """Scales that live in another file than their matrix, by official weight name."""
+        elsewhere: dict[str, list[Item]] = defaultdict(list)
+        for item in items:
+            if item.scale is not None and item.scale.file != file:
+                elsewhere[item.scale.file].append(item)
+        scales = {}
+        for other, wanted in elsewhere.items():
+            with _open(self.path / other) as shard:
+                for item in wanted:
+                    assert item.scale is not None
+                    scales[item.weight.name] = shard.get_tensor(item.scale.spec.name).clone()
+        return scales
+
+
+def load_weights(
+    path: Path | str,
+    dtype: torch.dtype,
+    progress: Progress | None = None,
+    config: ModelConfig | None = None,
+) -> dict[str, Tensor]:
+    """All weights of the checkpoint in `path` by official name; see `Checkpoint.load`."""
+    return dict(Checkpoint.open(path, config).load(dtype, progress))
+
+
+def runtime_dtype(weight: Weight, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of `weight` in a model that runs in `dtype`."""
+    if weight.storage == "i64":
+        return torch.int64
+    return torch.float32 if weight.is_float32 else dtype
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as shard:
+            yield shard
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _read(shard: Any, item: Item, scales: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    target = runtime_dtype(item.weight, dtype)
+    name = item.stored.spec.name
+    if item.part is not None:
+        expert, rows = item.part
+        return _copy(shard.get_slice(name)[expert, rows], target)
+    values = shard.get_tensor(name)
+    if item.scale is None:
+        return _copy(values, target)
+    scale = scales.get(item.weight.name)
+    if scale is None:
+        scale = shard.get_tensor(item.scale.spec.name)
+    if values.dtype == torch.int8:
+        return dequantise_fp4(values, scale, item.weight.shape[1], target)
+    return dequantise_fp8(values, scale, target)
+
+
+def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # A copy even without a conversion: the source is a view of the mapped file.
+    return tensor.to(dtype, copy=True)
