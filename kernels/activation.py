@@ -10,10 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from weft.kernels.constant import constant
+
 
 def sigmoid(x: Tensor) -> Tensor:
     """1 / (1 + exp(-x)); float32 in, float32 out."""
-    return (torch.exp(-x) + 1.0).reciprocal_()
+    return torch.exp(-x).add_(constant(1.0)).reciprocal_()
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -22,8 +24,8 @@ def softplus(x: Tensor) -> Tensor:
     log1p(e) is log(u) * e / (u - 1) with u = fl(1 + e): the rounding errors of u cancel (Kahan).
     """
     e = torch.exp(-x.abs())
-    u = e + 1.0
-    gap = u - 1.0
+    u = e + constant(1.0)
+    gap = u - constant(1.0)
     log1p = torch.where(gap == 0, e, torch.log(u) * (e / gap))
     return x.clamp_min(0) + log1p
 

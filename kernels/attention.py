@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from weft.kernels.constant import constant
+
 # Gathered keys of one block of queries; the block size does not change the result.
 _BLOCK_BYTES = 64 << 20
 
@@ -70,7 +72,7 @@ def _attend(q: Tensor, pool: Tensor, index: Tensor, bias: Tensor, tile: int, sin
     tiles = rows.split(tile, dim=1)
     scores = [torch.bmm(q, part.transpose(1, 2)) for part in tiles]
     logits = scores[0] if len(tiles) == 1 else torch.cat(scores, dim=2)
-    logits = logits.mul_(scale).add_(bias)
+    logits = logits.mul_(constant(scale)).add_(bias)
     sink = sink[:, None].expand(tokens, -1, 1)
     # The maximum is exact in any order, so one global maximum needs no rescaling between tiles.
     top = torch.maximum(logits.amax(-1, keepdim=True), sink)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from weft.kernels.activation import sigmoid
+from weft.kernels.constant import constant
 from weft.kernels.linear import Linear
 from weft.kernels.norm import inverse_rms
 
@@ -43,7 +44,7 @@ class Mixer:
         self.scale = scale.repeat_interleave(torch.tensor([streams, streams, streams * streams]))
         self.streams = streams
         self.iterations = iterations
-        self.hc_eps = hc_eps
+        self.hc_eps = constant(hc_eps)
         self.norm_eps = norm_eps
 
     def __call__(self, h: Tensor) -> Mix:
@@ -53,20 +54,21 @@ class Mixer:
         hc = self.streams
         gates = sigmoid(mix[:, : 2 * hc])
         comb = sinkhorn(mix[:, 2 * hc :].unflatten(1, (hc, hc)), self.iterations, self.hc_eps)
-        return Mix(gates[:, :hc] + self.hc_eps, gates[:, hc:] * 2.0, comb)
+        return Mix(gates[:, :hc] + self.hc_eps, gates[:, hc:] * constant(2.0), comb)
 
 
-def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
+def sinkhorn(logits: Tensor, iterations: int, eps: Tensor) -> Tensor:
     """softmax over the last dim, then alternate column and row normalisation.
 
-    logits: [T, hc, hc] float32, [t, j, k]; rows are j, columns k. Columns are normalised `iterations` times.
+    logits: [T, hc, hc] float32, [t, j, k]; rows are j, columns k; eps: 0-dim float32. Columns are normalised
+    `iterations` times.
     """
     comb = torch.exp(logits - logits.amax(-1, keepdim=True))
-    comb = comb / comb.sum(-1, keepdim=True) + eps
-    comb = comb / (comb.sum(1, keepdim=True) + eps)
+    comb = comb.div_(comb.sum(2, keepdim=True)).add_(eps)
+    comb = comb.div_(comb.sum(1, keepdim=True).add_(eps))
     for _ in range(iterations - 1):
-        comb = comb / (comb.sum(2, keepdim=True) + eps)
-        comb = comb / (comb.sum(1, keepdim=True) + eps)
+        comb = comb.div_(comb.sum(2, keepdim=True).add_(eps))
+        comb = comb.div_(comb.sum(1, keepdim=True).add_(eps))
     return comb
 
 
@@ -88,7 +90,7 @@ class HeadMixer:
         self.fn = Linear(fn)
         self.base = base
         self.scale = scale
-        self.hc_eps = hc_eps
+        self.hc_eps = constant(hc_eps)
         self.norm_eps = norm_eps
 
     def __call__(self, h: Tensor) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from weft.kernels.constant import constant
 
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
     """rsqrt(mean(x^2) + eps): [..., D] float32 -> [..., 1]."""
-    return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return x.square().mean(-1, keepdim=True).add_(constant(eps)).rsqrt_()
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
