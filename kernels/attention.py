@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from weft.kernels.constant import constant
+from weft.kernels.kv_rows import Rows
 
 # Gathered keys of one block of queries; the block size does not change the result.
 _BLOCK_BYTES = 64 << 20
@@ -40,10 +41,10 @@ class KeyList:
         return cls(index.clamp_min(0), bias[:, None], tile)
 
 
-def sparse_attention(q: Tensor, pool: Tensor, keys: KeyList, sink: Tensor, scale: float) -> Tensor:
+def sparse_attention(q: Tensor, pool: Rows, keys: KeyList, sink: Tensor, scale: float) -> Tensor:
     """softmax over the listed keys and one sink logit per head, times the rows themselves.
 
-    q: [T, H, d] float32; pool: [R, d] float32 or bfloat16; sink: [H] float32 (in the denominator only).
+    q: [T, H, d] float32; pool: rows of width d; sink: [H] float32 (in the denominator only).
     Returns [T, H, d] float32. A query without keys gives zeros.
     """
     tokens, _, dim = q.shape
@@ -66,9 +67,9 @@ def sparse_attention(q: Tensor, pool: Tensor, keys: KeyList, sink: Tensor, scale
     return torch.cat(parts)
 
 
-def _attend(q: Tensor, pool: Tensor, index: Tensor, bias: Tensor, tile: int, sink: Tensor, scale: float) -> Tensor:
+def _attend(q: Tensor, pool: Rows, index: Tensor, bias: Tensor, tile: int, sink: Tensor, scale: float) -> Tensor:
     tokens, width = index.shape
-    rows = pool.index_select(0, index.view(-1)).view(tokens, width, -1).float()
+    rows = pool.gather(index.view(-1)).view(tokens, width, -1)
     tiles = rows.split(tile, dim=1)
     scores = [torch.bmm(q, part.transpose(1, 2)) for part in tiles]
     logits = scores[0] if len(tiles) == 1 else torch.cat(scores, dim=2)

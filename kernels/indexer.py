@@ -11,6 +11,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
+from weft.kernels.kv_rows import Rows
 from weft.kernels.topk import top_k
 
 # Entries are scored in multiples of this many columns; each product has K = index_head_dim, so columns do not
@@ -58,11 +59,11 @@ def index_scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
 
 
 def select_entries(
-    q: Tensor, weights: Tensor, pool: Tensor, tables: Tensor, blocks: QueryBlocks, k: int, out: Tensor
+    q: Tensor, weights: Tensor, pool: Rows, tables: Tensor, blocks: QueryBlocks, k: int, out: Tensor
 ) -> None:
     """Write into out[row] the k best visible entries of each query in `blocks`, ascending, -1 padded.
 
-    q: [T, n, dI]; weights: [T, n]; pool: [R, dI] keys; tables: [S, E] int64 pool row of entry j of a sequence
+    q: [T, n, dI]; weights: [T, n]; pool: key rows of width dI; tables: [S, E] int64 row of entry j of a sequence
     (0 where there is none), E a multiple of COLUMNS; out: [T, k] int64.
     """
     widest = int(blocks.visible.max()) if blocks.visible.numel() else 0
@@ -76,7 +77,7 @@ def select_entries(
         rows, keep = blocks.rows[i : i + step], blocks.keep[i : i + step]
         visible = blocks.visible[i : i + step]
         slots = tables[blocks.sequence[i : i + step], :columns]
-        keys = pool.index_select(0, slots.reshape(-1)).view(*slots.shape, -1).float()
+        keys = pool.gather(slots.reshape(-1)).view(*slots.shape, -1)
         scores = index_scores(q[rows], weights[rows], keys)
         hidden = torch.arange(columns) >= visible[..., None]
         scores.masked_fill_(hidden, float("-inf"))

@@ -79,6 +79,8 @@ def _runner(plan: LinearPlan, weight: Tensor) -> Callable[[Tensor], Tensor]:
         missing = -rows % multiple
         if missing == 0:
             return F.linear(x, weight)
+        if rows == 1:  # a view of the row instead of a padded copy: other rows of the tile do not matter
+            return F.linear(x.expand(multiple, -1), weight)[:1]
         return F.linear(F.pad(x, (0, 0, 0, missing)), weight)[:rows]
 
     return run_padded

@@ -7,6 +7,7 @@ Hadamard rotation, then FP4 e2m1, one power-of-two scale per 32 (DeepSeek-V4's p
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -15,14 +16,23 @@ FP8_MAX = 448.0
 FP4_MAX = 6.0
 FP8_GROUP = 64
 FP4_GROUP = 32
+FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent in float32, by its bits: `torch.ldexp` goes through pow, which may round."""
+    return e8m0(exponent).to(torch.float32)
+
+
+def e8m0(exponent: Tensor) -> Tensor:
+    """Exponents in -127..127 as E8M0 bytes: byte b is 2^(b - 127)."""
+    return (exponent + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
 
 
 def power_of_two_at_least(x: Tensor) -> Tensor:
-    """2^ceil(log2(x)) for positive float32 x, by its exponent bits: exact where log2 may round."""
+    """2^ceil(log2(x)) for positive float32 x, by its exponent: exact where log2 may round."""
     mantissa, exponent = torch.frexp(x)
-    exponent = exponent - (mantissa == 0.5).int()
-    power: Tensor = torch.ldexp(torch.ones_like(x), exponent)
-    return power
+    return power_of_two(exponent - (mantissa == 0.5).int())
 
 
 def simulate_fp8_(x: Tensor, width: int) -> Tensor:
@@ -43,10 +53,23 @@ def simulate_fp4(x: Tensor) -> Tensor:
 
 
 def round_e2m1(x: Tensor) -> Tensor:
-    """Nearest of 0, .5, 1, 1.5, 2, 3, 4, 6 with sign, ties to the even code."""
-    magnitude: Tensor = x.abs().clamp_max(FP4_MAX)
-    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
-    return torch.copysign(torch.round(magnitude / step) * step, x)
+    """Nearest of 0, .5, 1, 1.5, 2, 3, 4, 6 with sign, ties to the even code; beyond 6 gives 6."""
+    return e2m1_values(e2m1_codes(x.clamp(-FP4_MAX, FP4_MAX)))
+
+
+def e2m1_values(codes: Tensor) -> Tensor:
+    """uint8 codes 0..15 -> float32."""
+    return _E2M1[codes.long()]
+
+
+def e2m1_codes(x: Tensor) -> Tensor:
+    """float32 within [-6, 6] -> codes, uint8. At a midpoint the code without the odd bit wins."""
+    size = x.abs()
+    code = torch.zeros_like(x, dtype=torch.uint8)
+    for index, (low, high) in enumerate(pairwise(FP4_VALUES)):
+        middle = (low + high) / 2
+        code += size >= middle if index % 2 else size > middle
+    return code | (torch.signbit(x).to(torch.uint8) << 3)
 
 
 def hadamard(size: int) -> Tensor:
@@ -55,3 +78,7 @@ def hadamard(size: int) -> Tensor:
     while matrix.shape[0] < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
     return matrix / math.sqrt(size)
+
+
+_POSITIVE = torch.tensor(FP4_VALUES)
+_E2M1 = torch.cat((_POSITIVE, -_POSITIVE))

@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from weft.kernels.kv_rows import DenseRows, Fp4Keys, Fp8Keys, Fp8KvRows, IndexFormat, KvFormat, Rows
 from weft.runtime.cache.pages import PageAllocator
 from weft.runtime.config import C4, C128, ModelConfig
 
@@ -46,26 +47,31 @@ class PoolSizes:
 class Pools:
     """Owns all KV memory of one model. Row contents are written by the model, page tables by `Sequence`."""
 
-    def __init__(self, config: ModelConfig, sizes: PoolSizes, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        sizes: PoolSizes,
+        dtype: torch.dtype = torch.float32,
+        *,
+        kv_format: KvFormat = "model",
+        index_format: IndexFormat = "model",
+    ) -> None:
+        """dtype: of streams, and of rows in format "model"; fp8 and fp4 are the released model's layouts."""
         self.config = config
         self.sizes = sizes
         self.dtype = dtype
         page, dim = sizes.page, config.head_dim
         pages = {kind: sizes.pages(kind, config.sliding_window) for kind in KINDS}
         self.allocators = {kind: PageAllocator(pages[kind]) for kind in KINDS}
-        # Compressed rows follow the window rows of the same layer; their own null page is not needed.
+        # Compressed rows follow the window rows of the same layer.
         self.base: dict[PageKind, int] = {
-            "window": 0,
-            "c4": pages["window"] * page,
-            "c128": pages["window"] * page,
+            kind: 0 if kind == "window" else pages["window"] * page for kind in KINDS
         }
-        extra = {"window": 0, "c4a": pages["c4"] * page, "c128a": pages["c128"] * page}
+        extra = {"window": 0, "c4a": pages["c4"], "c128a": pages["c128"]}
         kinds = [*config.layer_kinds, *(["window"] if config.has_mtp else [])]
-        self.kv = [torch.zeros(pages["window"] * page + extra[kind], dim, dtype=dtype) for kind in kinds]
+        self.kv = [self._kv_rows(kv_format, pages["window"] + extra[kind]) for kind in kinds]
         c4_layers, c128_layers = config.count("c4a"), config.count("c128a")
-        self.index_keys = [
-            torch.zeros(pages["c4"] * page, config.index_head_dim, dtype=dtype) for _ in range(c4_layers)
-        ]
+        self.index_keys = [self._index_rows(index_format, pages["c4"]) for _ in range(c4_layers)]
         tail_width = 4 * (dim + config.index_head_dim)
         self.c4_tail = torch.zeros(c4_layers, sizes.slots, C4_TAIL, tail_width)
         self.c128_fold = torch.zeros(c128_layers, sizes.slots, 3, dim)
@@ -82,15 +88,22 @@ class Pools:
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor allocated here."""
-        tensors = [
-            *self.kv,
-            *self.index_keys,
-            self.c4_tail,
-            self.c128_fold,
-            self.streams,
-            *self.tables.values(),
-        ]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        fixed = (self.c4_tail, self.c128_fold, self.streams, *self.tables.values())
+        return sum(rows.nbytes for rows in (*self.kv, *self.index_keys)) + sum(t.nbytes for t in fixed)
+
+    def _kv_rows(self, form: KvFormat, pages: int) -> Rows:
+        config, page = self.config, self.sizes.page
+        if form == "fp8":
+            return Fp8KvRows(pages, page, config.nope_head_dim, config.qk_rope_head_dim)
+        return DenseRows(torch.zeros(pages * page, config.head_dim, dtype=self.dtype))
+
+    def _index_rows(self, form: IndexFormat, pages: int) -> Rows:
+        dim, page = self.config.index_head_dim, self.sizes.page
+        if form == "fp8":
+            return Fp8Keys(pages, page, dim)
+        if form == "fp4":
+            return Fp4Keys(pages, page, dim)
+        return DenseRows(torch.zeros(pages * page, dim, dtype=self.dtype))
 
     @property
     def free_slots(self) -> int:
@@ -111,13 +124,11 @@ class Pools:
         page = self.sizes.page
         for layer, layer_kind in enumerate((*self.config.layer_kinds, "window")[: len(self.kv)]):
             if kind == "window" or layer_kind == f"{kind}a":
-                kv, base = self.kv[layer], self.base[kind]
-                kv[base + target * page : base + (target + 1) * page] = kv[
-                    base + source * page : base + (source + 1) * page
-                ]
+                base = self.base[kind]
+                self.kv[layer].copy_page(base + source * page, base + target * page, page)
         if kind == "c4":
             for keys in self.index_keys:
-                keys[target * page : (target + 1) * page] = keys[source * page : (source + 1) * page]
+                keys.copy_page(source * page, target * page, page)
 
     def copy_slot(self, source: int, target: int) -> None:
         """Copy the fixed per-sequence state and the page tables."""

@@ -11,18 +11,16 @@ and float32 and bfloat16 hold it without rounding.
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from weft.kernels.quant import FP4_VALUES, e2m1_codes, e8m0, power_of_two
 from weft.runtime.checkpoint.layout import FP4_GROUP, FP8_BLOCK, ceil_div
 
 # Largest value of each format as mantissa (of frexp, in [0.5, 1)) and exponent: 448 and 6.
 _FP8_MAX = (0.875, 9)
 _FP4_MAX = (0.75, 3)
-_FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _E8M0_BIAS = 127
 # Dequantising goes by a few rows at a time, so that temporaries stay in the cache: several times as fast
 # as whole matrices, and a matrix needs no memory beyond its result.
@@ -54,9 +52,9 @@ def quantise_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     padded = F.pad(weight.to(torch.float32), fill)
     blocks = padded.view(row_blocks, FP8_BLOCK, column_blocks, FP8_BLOCK)
     exponent = _scale_exponent(blocks.abs().amax(dim=(1, 3)), _FP8_MAX)
-    scaled = blocks * _power_of_two(-exponent)[:, None, :, None]
+    scaled = blocks * power_of_two(-exponent)[:, None, :, None]
     codes = scaled.view_as(padded)[:rows, :columns].to(torch.float8_e4m3fn)
-    return codes.contiguous(), _to_e8m0(exponent)
+    return codes.contiguous(), e8m0(exponent)
 
 
 def dequantise_fp4(packed: Tensor, scale: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
@@ -86,10 +84,10 @@ def quantise_fp4(weight: Tensor) -> tuple[Tensor, Tensor]:
     padded = F.pad(weight.to(torch.float32), (0, groups * FP4_GROUP - columns))
     blocks = padded.view(rows, groups, FP4_GROUP)
     exponent = _scale_exponent(blocks.abs().amax(dim=2), _FP4_MAX)
-    scaled = blocks * _power_of_two(-exponent)[:, :, None]
-    codes = _round_e2m1(scaled.view_as(padded)[:, :columns])
+    scaled = blocks * power_of_two(-exponent)[:, :, None]
+    codes = e2m1_codes(scaled.view_as(padded)[:, :columns])
     packed = codes[:, 0::2] | (codes[:, 1::2] << 4)
-    return packed.view(torch.int8), _to_e8m0(exponent)
+    return packed.view(torch.int8), e8m0(exponent)
 
 
 def _look_up(table: Tensor, codes: Tensor) -> Tensor:
@@ -108,20 +106,10 @@ def _fp8_table() -> Tensor:
 
 def _fp4_table() -> Tensor:
     """The two values of every byte (low nibble, high nibble) in bfloat16, as one int32 [256]."""
-    values = torch.tensor(_FP4_VALUES, dtype=torch.bfloat16)
+    values = torch.tensor(FP4_VALUES, dtype=torch.bfloat16)
     values = torch.cat([values, -values])
     byte = torch.arange(256)
     return torch.stack([values[byte & 15], values[byte >> 4]], dim=1).view(torch.int32).flatten()
-
-
-def _round_e2m1(x: Tensor) -> Tensor:
-    """float32 within [-6, 6] -> codes, uint8. At a midpoint the code without the odd bit wins."""
-    size = x.abs()
-    code = torch.zeros_like(x, dtype=torch.uint8)
-    for index, (low, high) in enumerate(pairwise(_FP4_VALUES)):
-        middle = (low + high) / 2
-        code += size >= middle if index % 2 else size > middle
-    return code | (torch.signbit(x).to(torch.uint8) << 3)
 
 
 def _scale_exponent(amax: Tensor, largest: tuple[float, int]) -> Tensor:
@@ -134,12 +122,3 @@ def _scale_exponent(amax: Tensor, largest: tuple[float, int]) -> Tensor:
     top, top_exponent = largest
     result = exponent - top_exponent + (mantissa > top).to(torch.int32)
     return torch.where(amax == 0, 0, result).clamp(-_E8M0_BIAS, _E8M0_BIAS)
-
-
-def _power_of_two(exponent: Tensor) -> Tensor:
-    """2^exponent in float32, by its bits: `torch.ldexp` goes through pow, which may round."""
-    return _to_e8m0(exponent).to(torch.float32)
-
-
-def _to_e8m0(exponent: Tensor) -> Tensor:
-    return (exponent + _E8M0_BIAS).to(torch.uint8).view(torch.float8_e8m0fnu)

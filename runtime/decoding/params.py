@@ -15,7 +15,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Parameters of one generation; `validate` raises `RequestError` naming field and value.
 
     temperature: 0 is greedy. top_k: -1 is off. Filters apply in the order top_k, top_p, min_p, each on the
-    renormalised distribution. Penalties count output tokens only, as OpenAI's.
+    renormalised distribution. frequency and presence penalty count output tokens only, as OpenAI's;
+    repetition_penalty divides positive logits, and multiplies negative ones, of every token of the history and
+    the output (Keskar et al., 2019). logit_bias is added last; -100 forbids a token.
     seed: same seed, tokens and parameters give the same output in any batch. None draws one.
     logprobs: None for none, else how many alternatives to return per token (0: the chosen token only).
     stop: strings that end the output; neither they nor anything behind them is returned.
@@ -29,6 +31,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     min_p: float = 0.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
     seed: int | None = None
     logprobs: int | None = None
     stop: tuple[str, ...] = ()
@@ -51,6 +55,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("frequency_penalty", "presence_penalty"):
             value = getattr(self, name)
             _require(-2 <= value <= 2, name, value, "must be in [-2, 2]")
+        repetition = self.repetition_penalty
+        _require(0 < repetition <= 10, "repetition_penalty", repetition, "must be in (0, 10]")
+        for token, bias in self.logit_bias.items():
+            _require(
+                token >= 0 and -100 <= bias <= 100, "logit_bias", {token: bias}, "ids from 0, biases in +-100"
+            )
         if self.logprobs is not None:
             _require(
                 0 <= self.logprobs <= MAX_TOP_LOGPROBS,

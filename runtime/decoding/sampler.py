@@ -17,13 +17,21 @@ NEG_INF = float("-inf")
 @dataclass
 class Draw:
     """One row to sample. position: index of the token to be drawn in its sequence.
-    blocked: token ids that must not be drawn now. counts: how often each output token occurred."""
+    blocked: token ids that must not be drawn now. counts: how often each output token occurred. history: all
+    tokens so far, read for repetition_penalty only."""
 
     params: SamplingParams
     seed: int
     position: int
     blocked: Sequence[int] = ()
     counts: dict[int, int] = field(default_factory=dict)
+    history: Sequence[int] = ()
+
+    def is_plain(self) -> bool:
+        """Whether the logits are used as they are."""
+        p = self.params
+        penalty = p.frequency_penalty or p.presence_penalty or p.repetition_penalty != 1
+        return not (self.blocked or p.logit_bias or penalty)
 
 
 @dataclass(frozen=True)
@@ -72,19 +80,30 @@ def _first_argmax(scores: Tensor) -> Tensor:
 
 
 def _adjust(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Penalties, bias and blocked tokens, row by row and only where a row has any."""
     scores = logits
     for i, draw in enumerate(draws):
-        p = draw.params
-        penalised = draw.counts if p.frequency_penalty or p.presence_penalty else {}
-        if not draw.blocked and not penalised:
+        if draw.is_plain():
             continue
         if scores is logits:
             scores = logits.clone()
-        for token, count in penalised.items():
-            scores[i, token] -= p.frequency_penalty * count + p.presence_penalty
-        if draw.blocked:
-            scores[i, torch.tensor(draw.blocked)] = NEG_INF
+        _adjust_row(scores[i], draw)
     return scores
+
+
+def _adjust_row(row: Tensor, draw: Draw) -> None:
+    p = draw.params
+    if p.repetition_penalty != 1:
+        seen = torch.tensor(sorted({token for token in draw.history if token < row.shape[0]}), dtype=torch.int64)
+        value = row[seen]
+        row[seen] = torch.where(value > 0, value / p.repetition_penalty, value * p.repetition_penalty)
+    if p.frequency_penalty or p.presence_penalty:
+        for token, count in draw.counts.items():
+            row[token] -= p.frequency_penalty * count + p.presence_penalty
+    for token, bias in p.logit_bias.items():
+        row[token] = NEG_INF if bias <= -100 else row[token] + bias
+    if draw.blocked:
+        row[torch.tensor(draw.blocked)] = NEG_INF
 
 
 def _filter(scores: Tensor, draws: Sequence[Draw]) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from weft.kernels.attention import KeyList, sparse_attention
+from weft.kernels.kv_rows import Rows
 from weft.kernels.linear import Linear
 from weft.kernels.norm import inverse_rms, rms_norm
 from weft.kernels.quant import simulate_fp8_
@@ -60,11 +61,11 @@ class Attention:
         if self.quant_sim:
             simulate_fp8_(row, config.nope_head_dim)
         pool = step.pools.kv[self.layer]
-        pool[batch.window_rows] = row.to(pool.dtype)
+        pool.store(batch.window_rows, row)
         out = sparse_attention(q, pool, self._keys(x, qr, step, pool), self.sink, self.scale)
         return self._project(rotate_(out, turn.inverse))
 
-    def _keys(self, x: Tensor, qr: Tensor, step: StepContext, pool: Tensor) -> KeyList:
+    def _keys(self, x: Tensor, qr: Tensor, step: StepContext, pool: Rows) -> KeyList:
         if isinstance(self.compressor, C4Compressor):
             return self.compressor.keys(x, qr, step, pool)
         if isinstance(self.compressor, C128Compressor):

@@ -12,6 +12,7 @@ from torch import Tensor
 from weft.kernels.attention import KeyList
 from weft.kernels.compress import fold_c128, pool_c4
 from weft.kernels.indexer import select_entries
+from weft.kernels.kv_rows import Rows
 from weft.kernels.linear import Linear
 from weft.kernels.norm import rms_norm
 from weft.kernels.quant import hadamard, simulate_fp4, simulate_fp8_
@@ -32,7 +33,7 @@ class C128Compressor:
         self.ape = weights.wide("ape")
         self.norm = weights.wide("norm.weight")
 
-    def write(self, x: Tensor, step: StepContext, pool: Tensor) -> None:
+    def write(self, x: Tensor, step: StepContext, pool: Rows) -> None:
         """Fold x [T, D] into the open groups and store the entries it completes."""
         batch = step.batch
         values, scores = self.project(x).chunk(2, dim=1)
@@ -43,7 +44,7 @@ class C128Compressor:
         entries = rotate_(rms_norm(entries, self.norm, self.config.rms_norm_eps), step.c128_entries)
         if self.quant_sim:
             simulate_fp8_(entries, self.config.nope_head_dim)
-        pool[batch.c128_pooling.target + step.pools.base["c128"]] = entries.to(pool.dtype)
+        pool.store(batch.c128_pooling.target + step.pools.base["c128"], entries)
 
 
 class C4Compressor:
@@ -70,12 +71,12 @@ class C4Compressor:
         self.hadamard = Linear(hadamard(config.index_head_dim)) if quant_sim else None
         self.score_scale = (config.index_head_dim * config.index_n_heads) ** -0.5
 
-    def keys(self, x: Tensor, qr: Tensor, step: StepContext, pool: Tensor) -> KeyList:
+    def keys(self, x: Tensor, qr: Tensor, step: StepContext, pool: Rows) -> KeyList:
         """Store the entries x [T, D] completes, then choose each query's entries."""
         self._write(x, step, pool)
         return step.batch.c4_all_keys or step.batch.c4_keys(self._select(x, qr, step))
 
-    def _write(self, x: Tensor, step: StepContext, pool: Tensor) -> None:
+    def _write(self, x: Tensor, step: StepContext, pool: Rows) -> None:
         batch, config = step.batch, self.config
         rows = self.project(x)
         half = rows.shape[1] // 2
@@ -99,9 +100,8 @@ class C4Compressor:
         if self.quant_sim:
             simulate_fp8_(entries, config.nope_head_dim)
             keys = self._round(keys)
-        pool[done.target + step.pools.base["c4"]] = entries.to(pool.dtype)
-        index_keys = step.pools.index_keys[self.index]
-        index_keys[done.target] = keys.to(index_keys.dtype)
+        pool.store(done.target + step.pools.base["c4"], entries)
+        step.pools.index_keys[self.index].store(done.target, keys)
 
     def _round(self, x: Tensor) -> Tensor:
         """Hadamard rotation and FP4 rounding of [N, dI]; a no-op on scores without rounding, so left out then."""

@@ -7,13 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from weft.kernels.kv_rows import IndexFormat, KvFormat
 from weft.runtime.cache.pools import Pools, PoolSizes
 from weft.runtime.cache.sequence import SequenceState
 from weft.runtime.model.batch import Batch, Span
 from weft.runtime.model.model import Model
 
 
-def pools_for(model: Model, sequences: Sequence[Sequence[int]], page: int = 16) -> Pools:
+def pools_for(
+    model: Model, sequences: Sequence[Sequence[int]], page: int = 16, kv: KvFormat = "model", index: IndexFormat = "model"
+) -> Pools:
     total = sum(len(s) for s in sequences)
     longest = max(len(s) for s in sequences)
     sizes = PoolSizes(
@@ -23,7 +26,7 @@ def pools_for(model: Model, sequences: Sequence[Sequence[int]], page: int = 16) 
         burst=total,
         page=page,
     )
-    return Pools(model.config, sizes, model.dtype)
+    return Pools(model.config, sizes, model.dtype, kv_format=kv, index_format=index)
 
 
 def step(model: Model, work: Sequence[tuple[SequenceState, Sequence[int]]]) -> list[Tensor]:
