@@ -13,6 +13,7 @@ from weft.runtime.decoding.params import SamplingParams
 from weft.runtime.decoding.sampler import Draw, TokenLogprob, logprobs
 from weft.runtime.decoding.stopping import StopWatch
 from weft.runtime.engine import messages as m
+from weft.runtime.errors import RequestError
 from weft.runtime.model.model import Model
 from weft.runtime.text.tokenizer import TextStream, Tokenizer
 
@@ -136,16 +137,21 @@ class GenerateCall(Call):
         self._first_token = 0.0
         eos = () if params.ignore_eos else (tokenizer.eos,)
         self._stop_ids = {*eos, *params.stop_token_ids}
+        for field, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
+            for token in ids:
+                if not 0 <= token < tokenizer.size:
+                    raise RequestError(field, token, f"the tokenizer defines {tokenizer.size} ids")
 
     def final_length(self) -> int:
         return len(self.sequence.tokens) + self.params.max_tokens - len(self._tokens)
 
-    def draw(self, undefined: list[int]) -> Draw:
+    def draw(self) -> Draw:
         """How to sample the next token; before `min_tokens`, the tokens that would end the output are blocked."""
         early = len(self._tokens) < self.params.min_tokens
-        blocked = [*undefined, *(self._stop_ids if early else ())]
+        blocked = sorted(self._stop_ids) if early else ()
         assert self.params.seed is not None
-        return Draw(self.params, self.params.seed, len(self.sequence.tokens), blocked, self._counts)
+        history = self.sequence.tokens
+        return Draw(self.params, self.params.seed, len(history), blocked, self._counts, history)
 
     def drawn(self, token: int, logits: Tensor) -> m.Delta | None:
         """Take the sampled token into the history; returns what may be shown of it."""

@@ -71,8 +71,6 @@ class Core:
         self.emit = emit
         self.sequences: dict[int, Sequence] = {}
         self.calls: dict[int, Call] = {}
-        # The head of a V4 checkpoint is padded: ids the tokenizer does not define are never drawn.
-        self.undefined = list(range(tokenizer.size, model.config.vocab_size))
 
     # -- messages ---------------------------------------------------------------------------------------
 
@@ -251,9 +249,9 @@ class Core:
         slots = [call.sequence.state.slot for call in live if call.sequence.state is not None]
         assert len(slots) == len(live)
         logits = self.model.logits(self.pools.streams[torch.tensor(slots)])
-        for call, token, row in zip(
-            live, sample(logits, [c.draw(self.undefined) for c in live]), logits, strict=True
-        ):
+        # The head of a V4 checkpoint is padded: ids the tokenizer does not define are never drawn.
+        chosen = sample(logits[:, : self.tokenizer.size], [call.draw() for call in live])
+        for call, token, row in zip(live, chosen, logits, strict=True):
             event = call.drawn(token, row)
             if event is not None:
                 self.emit(event)
