@@ -31,7 +31,7 @@ class Mixer:
 
     def __init__(
         self,
-        fn: Tensor,
+        fn: Linear,
         base: Tensor,
         scale: Tensor,
         *,
@@ -40,7 +40,7 @@ class Mixer:
         hc_eps: float,
         norm_eps: float,
     ) -> None:
-        self.fn = Linear(fn)
+        self.fn = fn
         self.base = base
         self.scale = scale.repeat_interleave(torch.tensor([streams, streams, streams * streams]))
         self.streams = streams
@@ -95,8 +95,8 @@ def spread_streams(h: Tensor, y: Tensor, mix: Mix) -> Tensor:
 class HeadMixer:
     """The readout's mixer: fn [hc, hc*D], base [hc], scale [1], float32; no Sinkhorn."""
 
-    def __init__(self, fn: Tensor, base: Tensor, scale: Tensor, *, hc_eps: float, norm_eps: float) -> None:
-        self.fn = Linear(fn)
+    def __init__(self, fn: Linear, base: Tensor, scale: Tensor, *, hc_eps: float, norm_eps: float) -> None:
+        self.fn = fn
         self.base = base
         self.scale = scale
         self.hc_eps = hc_eps

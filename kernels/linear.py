@@ -38,17 +38,23 @@ class LinearPlan:
         return f"{self.method}/{self.row_multiple}"
 
 
+FAST = LinearPlan("padded", 1)
+
+
 class Linear:
     """`y = x @ weight.T`, bitwise independent of the number and order of rows.
 
     weight: [N, K] float32 or bfloat16; not modified, not referenced any more once prepacked.
+    deterministic: False takes the library's kernel as it is: faster for few rows, and a row's last bits then depend
+    on how many rows are in the call.
     """
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, *, deterministic: bool = True) -> None:
         assert weight.dim() == 2 and weight.dtype in (torch.float32, torch.bfloat16), weight.shape
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
-        self.plan = choose(self.out_features, self.in_features, weight.dtype, torch.get_num_threads())
+        size = self.out_features, self.in_features
+        self.plan = choose(*size, weight.dtype, torch.get_num_threads()) if deterministic else FAST
         self._run = _runner(self.plan, weight)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from weft.kernels.topk import top_k
 class Expert:
     """A gated MLP: w13 [2I, D] (w1 rows first), w2 [D, I]."""
 
-    def __init__(self, w13: Tensor, w2: Tensor) -> None:
-        self.w13 = Linear(w13)
-        self.w2 = Linear(w2)
+    def __init__(self, w13: Linear, w2: Linear) -> None:
+        self.w13 = w13
+        self.w2 = w2
 
     def __call__(self, x: Tensor, limit: float, weight: Tensor | None = None) -> Tensor:
         """x: [n, D] -> [n, D] in the weights' dtype; `weight` [n, 1] float32 multiplies before w2."""

@@ -37,8 +37,8 @@ class Parameters:
 def checkpoint_size(config: ModelConfig) -> tuple[int, int]:
     """Tensors and bytes of the official checkpoint: tensor data, without the file headers.
 
-    V4-Flash: 69,187 and 148.65 GiB, V4-Pro: 145,116 and 805.32 GiB. The draft stages of
-    V4-Flash-0731 are not counted.
+    V4-Flash: 69,187 and 148.65 GiB, V4-Pro: 145,116 and 805.32 GiB, V4-Flash-0731: 72,317 and
+    155.42 GiB.
     """
     sizes = [spec.nbytes for spec in tensor_specs(config)]
     return len(sizes), sum(sizes)
@@ -110,7 +110,7 @@ def report(config: ModelConfig) -> list[tuple[str, str]]:
     layers = ", ".join(f"{number} {kind}" for number, kind in counts if number)
     rows = [
         ("parameters", f"{_count(count.total)} ({_count(count.active)} active per token)"),
-        ("MTP parameters", _count(count.mtp)),
+        _speculation(config, count.mtp),
         ("layers", f"{config.num_hidden_layers}: {layers}"),
         ("checkpoint tensors", f"{tensors:,}"),
         ("checkpoint bytes", _bytes(size)),
@@ -120,6 +120,12 @@ def report(config: ModelConfig) -> list[tuple[str, str]]:
         value = f"{_bytes(kv_bytes(config, tokens, kv, index))} for {tokens:,} tokens"
         rows.append((f"KV cache, {label}", value))
     return rows
+
+
+def _speculation(config: ModelConfig, mtp: int) -> tuple[str, str]:
+    if config.dspark_block_size is not None:
+        return "DSpark draft stages", "not used: no speculation"
+    return "MTP parameters", _count(mtp)
 
 
 _KV_REPORT: tuple[tuple[str, KvFormat, IndexFormat], ...] = (

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor
 
-from weft.runtime.checkpoint.layout import Weight, weights
+from weft.runtime.checkpoint.layout import Weight, stored_weights, weights
 from weft.runtime.checkpoint.reader import runtime_dtype
 from weft.runtime.checkpoint.writer import DEFAULT_SHARD_BYTES, write_official
 from weft.runtime.config import ModelConfig
@@ -50,12 +50,12 @@ def write_dummy_checkpoint(
 
 
 class DummyWeights(Mapping[str, Tensor]):
-    """The dummy weights, each made when it is asked for: float32, expert tables int64."""
+    """Everything a checkpoint holds, each made when it is asked for: float32, expert tables int64."""
 
     def __init__(self, config: ModelConfig, seed: int) -> None:
         self._experts = config.n_routed_experts
         self._seed = seed
-        self._weights = {weight.name: weight for weight in weights(config)}
+        self._weights = {weight.name: weight for weight in stored_weights(config)}
 
     def __getitem__(self, name: str) -> Tensor:
         weight = self._weights[name]

@@ -4,7 +4,10 @@ transformers 5.23 has three spellings of one model: the `state_dict` of its modu
 (`model.layers.3.self_attn.q_a_proj.weight`, experts merged into one tensor), the official names
 behind a `model.` prefix, and what its own `save_pretrained` writes: official names with HF ones for
 the embedding and the last hyper-connection, and `attn.norm` where both others say `kv_norm`.
-`official_name` reads all of them.
+`official_name` reads all of them. `hf_name` is the spelling Weft writes: names of the modules, one
+matrix per expert as in the official files, and `weight_scale_inv` beside a quantised matrix. That is
+what `from_pretrained` takes on a GPU, where it keeps FP8 and FP4, and on a CPU, where it dequantises;
+a merged quantised tensor would only load on the GPU.
 """
 
 from __future__ import annotations
@@ -97,6 +100,25 @@ def _official_weight(name: str) -> str:
     if len(parts) == 3:  # 7.gate_proj.weight
         parts[1] = _EXPERT.get(parts[1], parts[1])
     return f"{layer}ffn.experts.{'.'.join(parts)}"
+
+
+def hf_name(name: str) -> str:
+    """The Hugging Face name of a tensor stored under its official `name`; inverse of `official_name`.
+
+    `mtp.*` keeps its name: transformers has no modules for it and passes over the prefix.
+    """
+    if name in _TOP:
+        return _TOP[name]
+    match = _LAYER_NAME.fullmatch(name)
+    if match is None:
+        assert name.startswith("mtp."), name
+        return name
+    layer, rest = match.groups()
+    if rest.endswith(".scale"):
+        return hf_name(f"{name.removesuffix('scale')}weight") + "_scale_inv"
+    if rest.startswith("ffn.experts."):
+        return f"model.{layer}mlp.{rest.removeprefix('ffn.')}"
+    return f"model.{layer}{_LAYER[rest]}"
 
 
 def merged_name(expert_weight: str) -> tuple[str, int] | None:

@@ -3,8 +3,8 @@
 The official layout has no `model.` prefix. A quantised matrix is stored as two tensors, `X.weight`
 and `X.scale`; `Weight` is the matrix they stand for and `TensorSpec` one stored tensor. Reader,
 writer, dummy weights and sizes all take their knowledge from here. Source: the tensor listings of
-the released V4-Flash and V4-Pro (69,187 and 145,116 tensors, reproduced by the tests). The draft
-stages of V4-Flash-0731 are not described: Weft does not run them.
+the released V4-Flash, V4-Pro and V4-Flash-0731 (69,187, 145,116 and 72,317 tensors, reproduced by
+the tests). The last keeps draft stages where the others keep the MTP block: `draft_weights`.
 
 Torch is not imported: the command line prints sizes with this module alone.
 """
@@ -101,12 +101,18 @@ def scale_name(weight_name: str) -> str:
 
 def tensor_specs(config: ModelConfig) -> Iterator[TensorSpec]:
     """Every stored tensor of the official layout, in file order; raises what `weights` does."""
-    for weight in weights(config):
+    for weight in stored_weights(config):
         yield from weight.tensors()
 
 
+def stored_weights(config: ModelConfig) -> Iterator[Weight]:
+    """Every weight a checkpoint holds, in file order: those of the model, then draft stages."""
+    yield from weights(config)
+    yield from draft_weights(config)
+
+
 def weights(config: ModelConfig) -> Iterator[Weight]:
-    """Every weight of the model, in file order: top level, layers, MTP blocks.
+    """Every weight of the model Weft runs, in file order: top level, layers, MTP blocks.
 
     Without `quantization_config` all matrices are bf16. Raises `ConfigError` for a block size other
     than the released one and for FP4 matrices with an odd number of columns.
@@ -123,6 +129,35 @@ def weights(config: ModelConfig) -> Iterator[Weight]:
     if config.has_mtp:
         for block in range(config.num_nextn_predict_layers):
             yield from _mtp(config, f"mtp.{block}")
+
+
+def draft_weights(config: ModelConfig) -> Iterator[Weight]:
+    """The DSpark draft stages of the refreshed releases, which Weft does not run; else nothing.
+
+    A stage is a window layer without the projections of an MTP block. There is one for every entry
+    of `compress_ratios` after the backbone (`num_nextn_predict_layers` stays 1); the first reads the
+    target layers, the last makes the logits. Raises `ConfigError` if one of their keys is missing.
+    """
+    if config.dspark_block_size is None:
+        return
+    dim, streams = config.hidden_size, config.hc_mult
+    rank, targets = config.dspark_markov_rank, config.dspark_target_layer_ids
+    if rank is None or targets is None:
+        field = "dspark_markov_rank" if rank is None else "dspark_target_layer_ids"
+        raise ConfigError(field, None, "missing beside dspark_block_size")
+    stages = len(config.compress_ratios) - config.num_hidden_layers
+    for stage in range(stages):
+        name = f"mtp.{stage}"
+        yield from _block(config, name, ratio=0, hashed=False)
+        if stage == 0:
+            yield _fp8(config, f"{name}.main_proj", dim, len(targets) * dim)
+            yield _norm(f"{name}.main_norm", dim)
+        if stage == stages - 1:
+            yield _norm(f"{name}.norm", dim)
+            yield from _hyper_connection(f"{name}.hc_head", streams, streams * dim, scales=1)
+            yield Weight(f"{name}.markov_head.markov_w1.weight", (config.vocab_size, rank), "bf16", "embed")
+            yield _linear(f"{name}.markov_head.markov_w2", config.vocab_size, rank)
+            yield _linear(f"{name}.confidence_head.proj", 1, dim + rank)
 
 
 def _check(config: ModelConfig) -> None:

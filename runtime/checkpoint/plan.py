@@ -14,7 +14,15 @@ from typing import Literal
 
 from weft.runtime.checkpoint.headers import Headers, Stored
 from weft.runtime.checkpoint.hf_names import GATE_UP, merged_name, official_name
-from weft.runtime.checkpoint.layout import DTYPE_BYTES, Storage, TensorSpec, Weight, weights
+from weft.runtime.checkpoint.layout import (
+    DTYPE_BYTES,
+    Storage,
+    TensorSpec,
+    Weight,
+    draft_weights,
+    stored_weights,
+    weights,
+)
 from weft.runtime.config import ModelConfig
 from weft.runtime.errors import CheckpointError
 
@@ -46,34 +54,60 @@ class Item:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every weight of `config` with its source. `skipped`: stored tensors Weft has no use for."""
+    """Every weight of `config` with its source.
+
+    `skipped` are the stored tensors Weft has no use for, `notices` what a user should know of that.
+    """
 
     config: ModelConfig
     layout: Layout
     items: tuple[Item, ...]
     skipped: tuple[str, ...]
+    notices: tuple[str, ...]
 
 
-def make_plan(config: ModelConfig, headers: Headers, where: str) -> Plan:
+def make_plan(config: ModelConfig, headers: Headers, where: str, *, drafts: bool = False) -> Plan:
     """Find every weight of `config`, or raise one `CheckpointError` that lists all problems.
 
-    Hugging Face files never hold the MTP block; without it, the plan's config has none either.
-    `mtp.*` tensors are skipped if the config has no MTP block (V4-Flash-0731 keeps draft stages
-    of another kind there). `where` names the checkpoint in the message.
+    transformers saves no `mtp.*`; Hugging Face files without it get a config without MTP block.
+    Where the config has no such block, `mtp.*` is skipped: any tensor, or with DSpark keys those of
+    the draft stages, by name. With `drafts` the stages are wanted like all other weights. `where`
+    names the checkpoint in the message.
     """
-    matcher = _Matcher(config)
     layout = _detect_layout(headers.tensors)
+    matcher = _Matcher(config)
     matcher.add(headers.tensors)
-    mtp = [name for name in matcher.found if name.startswith("mtp.")]
-    if layout == "huggingface" and not mtp:
-        config = dataclasses.replace(config, num_nextn_predict_layers=0)
-    skipped = [] if config.has_mtp else [matcher.found.pop(name).spec.name for name in mtp]
-    items = [matcher.match(weight) for weight in weights(config)]
+    if layout == "huggingface" and not any(name.startswith("mtp.") for name in matcher.found):
+        config = _without_mtp(config)
+    wanted = stored_weights(config) if drafts else weights(config)
+    items = [matcher.match(weight) for weight in wanted]
+    skipped = matcher.skip(config)
     matcher.check_all_used()
     matcher.check_files(headers)
     if matcher.problems:
         raise CheckpointError(_message(where, len(headers.files), layout, matcher.problems))
-    return Plan(config, layout, tuple(item for item in items if item), tuple(sorted(skipped)))
+    found = tuple(item for item in items if item)
+    return Plan(config, layout, found, skipped, _notices(config, len(skipped)))
+
+
+def _without_mtp(config: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(
+        config,
+        num_nextn_predict_layers=0,
+        dspark_block_size=None,
+        dspark_noise_token_id=None,
+        dspark_target_layer_ids=None,
+        dspark_markov_rank=None,
+    )
+
+
+def _notices(config: ModelConfig, skipped: int) -> tuple[str, ...]:
+    if not skipped:
+        return ()
+    count = f"({skipped:,} tensors under mtp.*)"
+    if config.dspark_block_size is not None:
+        return (f"DSpark draft stages are not used: no speculation {count}",)
+    return (f"no MTP block in the config: no speculation {count}",)
 
 
 def _detect_layout(stored: Sequence[Stored]) -> Layout:
@@ -139,6 +173,15 @@ class _Matcher:
         self._check(stored, shape, _FLOATS)
         start = rows if weight.name.endswith(".w3.weight") else 0
         return Item(weight, stored, part=(expert, slice(start, start + rows)))
+
+    def skip(self, config: ModelConfig) -> tuple[str, ...]:
+        """Take the tensors that Weft has no use for out of `found`; their stored names, sorted."""
+        if config.has_mtp:
+            return ()
+        spare = {name for name in self.found if name.startswith("mtp.") and name not in self.used}
+        if config.dspark_block_size is not None:
+            spare &= {spec.name for weight in draft_weights(config) for spec in weight.tensors()}
+        return tuple(sorted(self.found.pop(name).spec.name for name in spare))
 
     def _check(self, stored: Stored, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
         spec: TensorSpec = stored.spec

@@ -7,7 +7,7 @@ neither the file nor its mapping is needed once `load` has moved on.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,9 @@ class Checkpoint:
     """A checkpoint on disk whose headers were checked against the config; no weight is read yet.
 
     `config` is that of config.json, without MTP block if the files are Hugging Face's and hold
-    none. `layout` says how the tensors are named, `nbytes` how much `load` will read, `skipped`
-    which stored tensors have no use here (the draft stages of V4-Flash-0731).
+    none. `layout` says how the tensors are named, `nbytes` how much `load` will read, `items` where
+    each weight is stored, `skipped` which stored tensors have no use here (the draft stages of
+    V4-Flash-0731), and `notices` what the user should be told about that.
     """
 
     def __init__(self, path: Path, plan: Plan) -> None:
@@ -39,22 +40,25 @@ class Checkpoint:
         self.config: ModelConfig = plan.config
         self.layout: Layout = plan.layout
         self.skipped: tuple[str, ...] = plan.skipped
+        self.notices: tuple[str, ...] = plan.notices
+        self.items: tuple[Item, ...] = plan.items
         self.nbytes: int = sum(item.nbytes for item in plan.items)
         self._by_file: dict[str, list[Item]] = defaultdict(list)
         for item in sorted(plan.items, key=lambda item: item.stored.file):
             self._by_file[item.stored.file].append(item)
 
     @classmethod
-    def open(cls, path: Path | str, config: ModelConfig | None = None) -> Checkpoint:
+    def open(cls, path: Path | str, config: ModelConfig | None = None, *, drafts: bool = False) -> Checkpoint:
         """Read config.json (unless `config` is given) and the headers of all files in `path`.
 
+        With `drafts` the weights of draft stages are handed out like all others, not skipped.
         Raises `ConfigError` for the config and one `CheckpointError` that lists every missing,
         unexpected, misshaped or mistyped tensor and every unreadable file.
         """
         path = Path(path)
         if config is None:
             config = ModelConfig.load(path)
-        return cls(path, make_plan(config, read_headers(path), str(path)))
+        return cls(path, make_plan(config, read_headers(path), str(path), drafts=drafts))
 
     def load(self, dtype: torch.dtype, progress: Progress | None = None) -> Iterator[tuple[str, Tensor]]:
         """Yield (official name, tensor) for every weight, file by file.
@@ -66,7 +70,7 @@ class Checkpoint:
         assert dtype in (torch.float32, torch.bfloat16), dtype
         done = 0
         for file, items in self._by_file.items():
-            scales = self._read_foreign_scales(file, items)
+            scales = self.read_foreign_scales(file, items)
             with _open(self.path / file) as shard:
                 for item in items:
                     yield item.weight.name, _read(shard, item, scales, dtype)
@@ -74,7 +78,12 @@ class Checkpoint:
             if progress is not None:
                 progress(done, self.nbytes, file)
 
-    def _read_foreign_scales(self, file: str, items: list[Item]) -> dict[str, Tensor]:
+    def on_demand(self, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        """What `load` yields, each tensor read when it is asked for, and not kept."""
+        assert dtype in (torch.float32, torch.bfloat16), dtype
+        return _OnDemand(self, dtype)
+
+    def read_foreign_scales(self, file: str, items: list[Item]) -> dict[str, Tensor]:
         """Scales that live in another file than their matrix, by official weight name."""
         elsewhere: dict[str, list[Item]] = defaultdict(list)
         for item in items:
@@ -87,6 +96,28 @@ class Checkpoint:
                     assert item.scale is not None
                     scales[item.weight.name] = shard.get_tensor(item.scale.spec.name).clone()
         return scales
+
+
+class _OnDemand(Mapping[str, Tensor]):
+    """Opens a file for each tensor: a millisecond beside the reading of a matrix."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        self._checkpoint = checkpoint
+        self._dtype = dtype
+        self._items = {item.weight.name: item for item in checkpoint.items}
+
+    def __getitem__(self, name: str) -> Tensor:
+        item = self._items[name]
+        file = item.stored.file
+        scales = self._checkpoint.read_foreign_scales(file, [item])
+        with _open(self._checkpoint.path / file) as shard:
+            return _read(shard, item, scales, self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
 
 
 def load_weights(

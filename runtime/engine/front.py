@@ -38,11 +38,14 @@ Progress = Callable[[int, int, str], None]
 class EngineConfig:
     """How to run a model. dtype: float32 or bfloat16. quant_sim: round KV as the released model does.
 
+    deterministic: results do not depend on batch, chunks or forks, to the bit; False trades that for speed.
+
     pools: KV memory; its `burst` is raised to the prefill chunk if that is larger.
     """
 
     dtype: str = "float32"
     quant_sim: bool = False
+    deterministic: bool = True
     pools: PoolSizes = field(default_factory=PoolSizes)
     limits: CoreLimits = field(default_factory=CoreLimits)
 
@@ -99,7 +102,9 @@ class Engine:
         checkpoint = Checkpoint.open(Path(path))
         tokenizer = Tokenizer.load(Path(path))
         weights = Draining(dict(checkpoint.load(dtype, progress)))
-        model = Model(checkpoint.config, weights, dtype=dtype, quant_sim=config.quant_sim)
+        model = Model(
+            checkpoint.config, weights, dtype=dtype, quant_sim=config.quant_sim, deterministic=config.deterministic
+        )
         return cls(model, tokenizer, config)
 
     def __enter__(self) -> Self:

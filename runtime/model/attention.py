@@ -10,7 +10,6 @@ from torch import Tensor
 
 from weft.kernels.attention import KeyList, sparse_attention
 from weft.kernels.kv_rows import Rows
-from weft.kernels.linear import Linear
 from weft.kernels.norm import inverse_rms, rms_norm
 from weft.kernels.quant import simulate_fp8_
 from weft.kernels.rope import rotate_
@@ -37,7 +36,7 @@ class Attention:
         self.sink = weights.wide("attn_sink")
         # wo_a is block-diagonal over groups: one linear per group.
         groups = weights.model("wo_a.weight").chunk(config.o_groups)
-        self.wo_a = [Linear(group) for group in groups]
+        self.wo_a = [weights.packed(group) for group in groups]
         self.wo_b = weights.linear("wo_b.weight")
         self.scale = config.head_dim**-0.5
         self.compressor: C4Compressor | C128Compressor | None = None

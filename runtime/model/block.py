@@ -44,7 +44,7 @@ class Block:
 
 def _mixer(config: ModelConfig, weights: Weights, name: str) -> Mixer:
     return Mixer(
-        weights.wide(f"{name}_fn"),
+        weights.wide_linear(f"{name}_fn"),
         weights.wide(f"{name}_base"),
         weights.wide(f"{name}_scale"),
         streams=config.hc_mult,

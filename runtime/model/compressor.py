@@ -13,7 +13,6 @@ from weft.kernels.attention import KeyList
 from weft.kernels.compress import fold_c128, pool_c4
 from weft.kernels.indexer import select_entries
 from weft.kernels.kv_rows import Rows
-from weft.kernels.linear import Linear
 from weft.kernels.norm import rms_norm
 from weft.kernels.quant import hadamard, simulate_fp4, simulate_fp8_
 from weft.kernels.rope import rotate_
@@ -62,13 +61,13 @@ class C4Compressor:
         self.quant_sim = quant_sim
         own = indexer.under("compressor.")
         parts = [source.wide(name) for name in ("wkv.weight", "wgate.weight") for source in (weights, own)]
-        self.project = Linear(torch.cat(parts))
+        self.project = weights.packed(*parts)
         self.ape = torch.cat((weights.wide("ape"), own.wide("ape")), 1)
         self.norm = weights.wide("norm.weight")
         self.key_norm = own.wide("norm.weight")
         self.wq_b = indexer.linear("wq_b.weight")
         self.weights_proj = indexer.linear("weights_proj.weight")
-        self.hadamard = Linear(hadamard(config.index_head_dim)) if quant_sim else None
+        self.hadamard = weights.packed(hadamard(config.index_head_dim)) if quant_sim else None
         self.score_scale = (config.index_head_dim * config.index_n_heads) ** -0.5
 
     def keys(self, x: Tensor, qr: Tensor, step: StepContext, pool: Rows) -> KeyList:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from weft.kernels.activation import sqrt_softplus
@@ -37,5 +36,4 @@ class MoE:
 
 
 def _expert(weights: Weights) -> Expert:
-    w13 = torch.cat((weights.model("w1.weight"), weights.model("w3.weight")))
-    return Expert(w13, weights.model("w2.weight"))
+    return Expert(weights.linear("w1.weight", "w3.weight"), weights.linear("w2.weight"))

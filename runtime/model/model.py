@@ -31,10 +31,12 @@ class Model:
         *,
         dtype: torch.dtype = torch.float32,
         quant_sim: bool = False,
+        deterministic: bool = True,
     ) -> None:
         """tensors: official names to dequantised values (`weft.runtime.checkpoint`).
-        quant_sim: round KV rows to FP8 and indexer vectors to FP4 as the released model does."""
-        weights = Weights(tensors, dtype)
+        quant_sim: round KV rows to FP8 and indexer vectors to FP4 as the released model does.
+        deterministic: False gives up bitwise independence of batch and chunking for speed."""
+        weights = Weights(tensors, dtype, deterministic)
         self.config = config
         self.dtype = dtype
         self.rope = Rope(config)
@@ -96,7 +98,7 @@ class Readout:
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         self.eps = config.rms_norm_eps
         self.mixer = HeadMixer(
-            weights.wide("hc_head_fn"),
+            weights.wide_linear("hc_head_fn"),
             weights.wide("hc_head_base"),
             weights.wide("hc_head_scale"),
             hc_eps=config.hc_eps,

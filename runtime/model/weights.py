@@ -34,13 +34,16 @@ class Weights:
     (norms, gates, compressors, hyper-connections, sinks, head) are read with `wide`.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, prefix: str = "") -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], dtype: torch.dtype, deterministic: bool = True, prefix: str = ""
+    ) -> None:
         self._tensors = tensors
         self.dtype = dtype
+        self.deterministic = deterministic
         self._prefix = prefix
 
     def under(self, prefix: str) -> Weights:
-        return Weights(self._tensors, self.dtype, self._prefix + prefix)
+        return Weights(self._tensors, self.dtype, self.deterministic, self._prefix + prefix)
 
     def raw(self, name: str) -> Tensor:
         return self._tensors[self._prefix + name]
@@ -53,12 +56,12 @@ class Weights:
 
     def linear(self, *names: str) -> Linear:
         """One linear from the rows of several weights, in the model's dtype."""
-        return Linear(_rows([self.model(name) for name in names]))
+        return self.packed(*(self.model(name) for name in names))
 
     def wide_linear(self, *names: str) -> Linear:
         """The same in float32."""
-        return Linear(_rows([self.wide(name) for name in names]))
+        return self.packed(*(self.wide(name) for name in names))
 
-
-def _rows(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def packed(self, *parts: Tensor) -> Linear:
+        """One linear from the rows of several tensors."""
+        return Linear(parts[0] if len(parts) == 1 else torch.cat(parts), deterministic=self.deterministic)

@@ -80,6 +80,11 @@ class TextStream:
         return self._decoder.decode(b"", final=True)
 
 
+def byte_tokenizer() -> Tokenizer:
+    """The tokenizer of `byte_tokenizer_json`."""
+    return Tokenizer(tokenizers.Tokenizer.from_str(byte_tokenizer_json()))
+
+
 def byte_tokenizer_json() -> str:
     """tokenizer.json of a tokenizer without merges: V4's special tokens and the 256 bytes.
 

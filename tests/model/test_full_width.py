@@ -25,9 +25,8 @@ def shared_memory(monkeypatch: pytest.MonkeyPatch) -> list[hf.FullWidth]:
     def expert(weights: Weights) -> Expert:
         number = next(count)
         if number == made[0].config.n_routed_experts:  # the shared expert comes last
-            w13 = torch.cat((weights.model("w1.weight"), weights.model("w3.weight")))
-            return Expert(w13, weights.model("w2.weight"))
-        return Expert(made[0].gate_up[number], made[0].down[number])
+            return Expert(weights.linear("w1.weight", "w3.weight"), weights.linear("w2.weight"))
+        return Expert(linear.Linear(made[0].gate_up[number]), linear.Linear(made[0].down[number]))
 
     monkeypatch.setattr(ffn, "_expert", expert)
     monkeypatch.setattr(linear, "candidates", lambda n, k: [linear.LinearPlan("padded", m) for m in (4, 8, 16)])
