@@ -8,10 +8,11 @@ a result, only its cost.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from dataclasses import dataclass
 
 from weft.runtime.engine.front import Sequence
+from weft.runtime.text.trie import TextTrie
 
 
 @dataclass
@@ -30,53 +31,48 @@ class Histories:
 
     def __init__(self, live: int, known: int = 4096) -> None:
         self._live = live
-        self._known = known
-        self._entries: OrderedDict[str, History] = OrderedDict()
-        self._lengths: Counter[int] = Counter()
+        self._texts: TextTrie[History] = TextTrie(known)
+        # Those with a sequence, by identity, in the same order of use.
+        self._held: OrderedDict[int, History] = OrderedDict()
 
     def longest_prefix(self, text: str) -> tuple[str, History] | None:
         """The longest remembered text that `text` begins with."""
-        for length in sorted((n for n in self._lengths if n <= len(text)), reverse=True):
-            prefix = text[:length]
-            entry = self._entries.get(prefix)
-            if entry is not None:
-                self._entries.move_to_end(prefix)
-                return prefix, entry
-        return None
+        found = self._texts.longest_prefix(text)
+        if found is None:
+            return None
+        length, entry = found
+        self._used(entry)
+        return text[:length], entry
 
     def put(self, text: str, tokens: list[int], sequence: Sequence | None) -> None:
         """Remember. A text keeps the tokens it was first given; later KV for the same tokens may replace none."""
-        entry = self._entries.get(text)
+        entry = self._texts.get(text)
         if entry is None:
-            self._entries[text] = History(tokens, sequence)
-            self._lengths[len(text)] += 1
+            entry = History(tokens, sequence)
         elif entry.tokens == tokens and entry.sequence is None:
             entry.sequence = sequence
         elif sequence is not None:
             sequence.close()
-        self._entries.move_to_end(text)
-        self._trim()
+        for fallen in self._texts.put(text, entry):
+            self._let_go(fallen)
+        self._used(entry)
+        while len(self._held) > self._live:
+            self._let_go(next(iter(self._held.values())))
 
     def release(self, fraction: float = 1.0) -> bool:
         """Let go of the KV of the least recently used histories; False if there was none."""
-        held = [entry for entry in self._entries.values() if entry.sequence is not None]
+        held = list(self._held.values())
         for entry in held[: max(1, round(len(held) * fraction))]:
-            _close(entry)
+            self._let_go(entry)
         return bool(held)
 
-    def _trim(self) -> None:
-        held = [entry for entry in self._entries.values() if entry.sequence is not None]
-        for entry in held[: max(0, len(held) - self._live)]:
-            _close(entry)
-        while len(self._entries) > self._known:
-            text, entry = self._entries.popitem(last=False)
-            _close(entry)
-            self._lengths[len(text)] -= 1
-            if not self._lengths[len(text)]:
-                del self._lengths[len(text)]
+    def _used(self, entry: History) -> None:
+        if entry.sequence is not None:
+            self._held[id(entry)] = entry
+            self._held.move_to_end(id(entry))
 
-
-def _close(entry: History) -> None:
-    if entry.sequence is not None:
-        entry.sequence.close()
-        entry.sequence = None
+    def _let_go(self, entry: History) -> None:
+        self._held.pop(id(entry), None)
+        if entry.sequence is not None:
+            entry.sequence.close()
+            entry.sequence = None

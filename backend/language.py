@@ -29,8 +29,9 @@ from weft.backend.histories import Histories
 from weft.backend.template import DeepSeekV4Template
 from weft.runtime.decoding.params import SamplingParams
 from weft.runtime.engine import messages as m
-from weft.runtime.engine.front import Engine, Sequence
-from weft.runtime.errors import Overloaded, RequestError, UnsupportedError
+from weft.runtime.engine.front import Engine
+from weft.runtime.engine.handle import Sequence
+from weft.runtime.errors import EngineDead, Overloaded, RequestError, UnsupportedError
 
 T = TypeVar("T")
 _GREEDY = 1e-5
@@ -116,7 +117,7 @@ class DeepSeekV4Backend(BaseBackend):
             "model_type": config.model_type,
             "num_hidden_layers": config.num_hidden_layers,
             "context_length": self.engine.context,
-            "kv_bytes": self.engine.pools_nbytes,
+            "kv_bytes": self.engine.capacity.total,
         }
 
     def get_model_name(self) -> str:
@@ -176,12 +177,13 @@ class DeepSeekV4Backend(BaseBackend):
         return (await base.fork())[0], tokens
 
     async def _with_room(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """Held histories are the first to go when KV memory runs out."""
+        """Held histories are the first to go when KV memory runs out, and all go with a core that died: their
+        tokens are known, so the attempt after that computes them again."""
         while True:
             try:
                 return await attempt()
-            except Overloaded:
-                if not self._histories.release(0.5):
+            except (Overloaded, EngineDead) as error:
+                if not self._histories.release(0.5 if isinstance(error, Overloaded) else 1.0):
                     raise
 
     async def _generate(self, request: _Request) -> list[tuple[str, dict[str, Any]]]:

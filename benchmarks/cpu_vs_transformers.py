@@ -25,13 +25,13 @@ from typing import Any
 import torch
 
 from support.record import record
-from weft.runtime.cache.pools import PoolSizes
+from weft.runtime.cache.capacity import PoolSizes
 from weft.runtime.checkpoint.dummy import dummy_weights
 from weft.runtime.checkpoint.hf_names import to_hf_state_dict
 from weft.runtime.config import ModelConfig, preset
 from weft.runtime.decoding.params import SamplingParams
-from weft.runtime.engine.core import CoreLimits
-from weft.runtime.engine.front import Engine, EngineConfig
+from weft.runtime.engine.config import CoreLimits, EngineConfig
+from weft.runtime.engine.front import Engine
 from weft.runtime.model.model import Model
 from weft.runtime.text.tokenizer import byte_tokenizer
 

@@ -14,7 +14,8 @@ import time
 import torch
 
 from support.record import record
-from weft.runtime.cache.pools import Pools, PoolSizes
+from weft.runtime.cache.capacity import PoolSizes
+from weft.runtime.cache.pools import Pools
 from weft.runtime.cache.sequence import SequenceState
 from weft.runtime.checkpoint.dummy import dummy_weights
 from weft.runtime.config import preset

@@ -9,15 +9,12 @@ first, then all scales. At V4's sizes a KV row takes 448 + 128 + 8 = 584 bytes, 
 from __future__ import annotations
 
 import math
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from weft.kernels.quant import FP4_GROUP, FP4_MAX, FP8_GROUP, FP8_MAX, e2m1_codes, e2m1_values, e8m0, power_of_two
-
-KvFormat = Literal["model", "fp8"]
-IndexFormat = Literal["model", "fp8", "fp4"]
 
 
 class Rows(Protocol):

@@ -45,8 +45,8 @@ class Linear:
     """`y = x @ weight.T`, bitwise independent of the number and order of rows.
 
     weight: [N, K] float32 or bfloat16; not modified, not referenced any more once prepacked.
-    deterministic: False takes the library's kernel as it is: faster for few rows, and a row's last bits then depend
-    on how many rows are in the call.
+    deterministic: False takes the library's kernel as it is: faster for few rows, and a row's last bits then
+    depend on how many rows are in the call.
     """
 
     def __init__(self, weight: Tensor, *, deterministic: bool = True) -> None:

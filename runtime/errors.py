@@ -7,6 +7,7 @@ WeftError
 │   ├── UnsupportedError     valid elsewhere, not served by this version
 │   └── ContextLengthError   prompt and output do not fit the context
 ├── Overloaded           the bounded queue or the state pools are full; try again
+├── DeadlineExceeded     the call's deadline passed before it finished
 ├── Cancelled            the caller cancelled the call, or closed its sequence
 └── EngineDead           the engine core stopped; every waiting call gets this
 """
@@ -61,5 +62,9 @@ class Cancelled(WeftError):
     """The call was cancelled, or its sequence was closed, before it finished."""
 
 
+class DeadlineExceeded(WeftError):
+    """The call's deadline passed before it finished."""
+
+
 class EngineDead(WeftError):
-    """The engine core has stopped; the original exception is the cause."""
+    """The engine core has stopped, with the state of the sequences it held."""

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from weft.backend.language import DeepSeekV4Backend
-from weft.runtime.engine.front import Engine, EngineConfig
+from weft.runtime.engine.config import EngineConfig
+from weft.runtime.engine.front import Engine
 from weft.runtime.errors import RequestError, WeftError
 
 

@@ -9,39 +9,20 @@ Fixed per-sequence state (compressor tails, last streams) lives in slots.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 
-from weft.kernels.kv_rows import DenseRows, Fp4Keys, Fp8Keys, Fp8KvRows, IndexFormat, KvFormat, Rows
+from weft.kernels.kv_rows import DenseRows, Fp4Keys, Fp8Keys, Fp8KvRows, Rows
+from weft.runtime.cache.capacity import (
+    C4_TAIL,
+    KINDS,
+    IndexFormat,
+    KvFormat,
+    PageKind,
+    PoolSizes,
+    kinds_of_layers,
+)
 from weft.runtime.cache.pages import PageAllocator
-from weft.runtime.config import C4, C128, ModelConfig
-
-PageKind = Literal["window", "c4", "c128"]
-KINDS: tuple[PageKind, ...] = ("window", "c4", "c128")
-TOKENS_PER_ROW: dict[PageKind, int] = {"window": 1, "c4": C4, "c128": C128}
-# Rows of compressor input a c4a layer keeps: the previous window of 4 and the open one.
-C4_TAIL = 2 * C4
-
-
-@dataclass(frozen=True)
-class PoolSizes:
-    """How much state to hold. tokens: history over all sequences; slots: live sequences, forks included;
-    context: longest sequence; burst: tokens of prefill in flight at once, whose window rows are all kept until
-    the step ends; page: rows per page."""
-
-    tokens: int = 65536
-    slots: int = 64
-    context: int = 65536
-    burst: int = 2048
-    page: int = 32
-
-    def pages(self, kind: PageKind, window: int) -> int:
-        """Pages of a kind, the null page included. A slot's first and last page may be partly used."""
-        rows = self.burst + self.slots * window if kind == "window" else self.tokens // TOKENS_PER_ROW[kind]
-        return 1 + math.ceil(rows / self.page) + 2 * self.slots
+from weft.runtime.config import ModelConfig
 
 
 class Pools:
@@ -68,8 +49,7 @@ class Pools:
             kind: 0 if kind == "window" else pages["window"] * page for kind in KINDS
         }
         extra = {"window": 0, "c4a": pages["c4"], "c128a": pages["c128"]}
-        kinds = [*config.layer_kinds, *(["window"] if config.has_mtp else [])]
-        self.kv = [self._kv_rows(kv_format, pages["window"] + extra[kind]) for kind in kinds]
+        self.kv = [self._kv_rows(kv_format, pages["window"] + extra[kind]) for kind in kinds_of_layers(config)]
         c4_layers, c128_layers = config.count("c4a"), config.count("c128a")
         self.index_keys = [self._index_rows(index_format, pages["c4"]) for _ in range(c4_layers)]
         tail_width = 4 * (dim + config.index_head_dim)
@@ -78,10 +58,7 @@ class Pools:
         self.streams = torch.zeros(sizes.slots, config.hc_mult, config.hidden_size, dtype=dtype)
         # Row of the first entry of each page of a slot's sequence; 0 (the null page) where it holds none.
         self.tables = {
-            kind: torch.zeros(
-                sizes.slots, math.ceil(sizes.context / TOKENS_PER_ROW[kind] / page) + 1, dtype=torch.int64
-            )
-            for kind in KINDS
+            kind: torch.zeros(sizes.slots, sizes.table_columns(kind), dtype=torch.int64) for kind in KINDS
         }
         self._free_slots = list(range(sizes.slots - 1, -1, -1))
 
@@ -122,7 +99,7 @@ class Pools:
     def copy_page(self, kind: PageKind, source: int, target: int) -> None:
         """Copy a page's rows in every layer that has this kind."""
         page = self.sizes.page
-        for layer, layer_kind in enumerate((*self.config.layer_kinds, "window")[: len(self.kv)]):
+        for layer, layer_kind in enumerate(kinds_of_layers(self.config)):
             if kind == "window" or layer_kind == f"{kind}a":
                 base = self.base[kind]
                 self.kv[layer].copy_page(base + source * page, base + target * page, page)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from weft.runtime.cache.pools import KINDS, TOKENS_PER_ROW, PageKind, Pools
+from weft.runtime.cache.capacity import KINDS, TOKENS_PER_ROW, PageKind
+from weft.runtime.cache.pools import Pools
 
 
 class SequenceState:

@@ -29,6 +29,7 @@ class Call:
         self.sequence = sequence
         # Tokens appended by the caller while this call ran; they join the history when it ends.
         self.then_extend: list[int] = []
+        self.deadline: float | None = None
         self._submitted = time.monotonic()
         self._begun: float | None = None
         self._taken = False

@@ -17,18 +17,19 @@ from weft.runtime.cache.sequence import SequenceState
 from weft.runtime.decoding.sampler import sample
 from weft.runtime.engine import messages as m
 from weft.runtime.engine.calls import Call, ForkCall, GenerateCall, ScoreCall
-from weft.runtime.errors import Cancelled, ContextLengthError, Overloaded, RequestError, WeftError
+from weft.runtime.engine.config import CoreLimits
+from weft.runtime.errors import (
+    Cancelled,
+    ContextLengthError,
+    DeadlineExceeded,
+    EngineDead,
+    Overloaded,
+    RequestError,
+    WeftError,
+)
 from weft.runtime.model.batch import Batch, Span
 from weft.runtime.model.model import Model
 from weft.runtime.text.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class CoreLimits:
-    """chunk: prefill tokens per step over all sequences. queue: calls accepted and not finished."""
-
-    chunk: int = 512
-    queue: int = 1024
 
 
 @dataclass
@@ -80,28 +81,40 @@ class Core:
             case m.Open(sequence, tokens):
                 self.sequences[sequence] = Sequence(list(tokens))
             case m.Extend(sequence, tokens):
-                self._extend(self.sequences[sequence], tokens)
+                if sequence in self.sequences:
+                    self._extend(self.sequences[sequence], tokens)
             case m.Close(sequence):
                 self._close(sequence)
             case m.Cancel(number):
                 if number in self.calls:
                     self._fail(self.calls[number], Cancelled("cancelled by the caller"))
-            case m.Truncate(call, sequence, length):
-                self._truncate(call, self.sequences[sequence], length)
-            case m.Fork(call, sequence, children):
-                self._submit(ForkCall(call, self.sequences[sequence], children))
-            case m.Generate(call, sequence, params):
-                try:
-                    self._submit(GenerateCall(call, self.sequences[sequence], params, self.tokenizer))
-                except RequestError as error:  # a stop_regex that RE2 refuses
-                    self.emit(failure(call, error))
-            case m.Score(call, sequence, tokens, top):
-                self._submit(ScoreCall(call, self.sequences[sequence], tokens, top))
             case m.Stop():
                 for waiting in list(self.calls.values()):
                     self._fail(waiting, Cancelled("the engine was closed"))
+            case _:
+                self._accept(message)
 
-    def _submit(self, call: Call) -> None:
+    def _accept(self, message: m.Truncate | m.Fork | m.Generate | m.Score) -> None:
+        """Start a call, or answer why not."""
+        sequence = self.sequences.get(message.sequence)
+        if sequence is None:
+            self.emit(failure(message.call, EngineDead("the sequence was lost when the engine core was replaced")))
+            return
+        match message:
+            case m.Truncate(call, _, length):
+                self._truncate(call, sequence, length)
+            case m.Fork(call, _, children, deadline):
+                self._submit(ForkCall(call, sequence, children), deadline)
+            case m.Score(call, _, tokens, top, deadline):
+                self._submit(ScoreCall(call, sequence, tokens, top), deadline)
+            case m.Generate(call, _, params, deadline):
+                try:
+                    self._submit(GenerateCall(call, sequence, params, self.tokenizer), deadline)
+                except RequestError as error:  # a stop_regex that RE2 refuses, an id the tokenizer lacks
+                    self.emit(failure(call, error))
+
+    def _submit(self, call: Call, deadline: float | None) -> None:
+        call.deadline = deadline
         if len(self.calls) >= self.limits.queue:
             self.emit(failure(call.id, Overloaded(f"{len(self.calls)} calls are waiting")))
             return
@@ -140,6 +153,7 @@ class Core:
 
     def step(self) -> None:
         """Run one batch: a token of every decoding call, and prefill chunks up to the budget."""
+        self._expire()
         self._advance()
         active = sorted(self._heads(), key=lambda call: call.id)
         work = self._schedule(active)
@@ -168,6 +182,13 @@ class Core:
             if len(pending) > 1:
                 budget -= count
         return work
+
+    def _expire(self) -> None:
+        """End the calls whose deadline has passed, running or queued."""
+        now = time.monotonic()
+        for call in list(self.calls.values()):
+            if call.deadline is not None and now >= call.deadline:
+                self._fail(call, DeadlineExceeded("the deadline passed before the call had finished"))
 
     def _heads(self) -> list[Call]:
         """The call whose turn it is on each sequence, refused if it cannot end well."""

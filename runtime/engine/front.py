@@ -1,111 +1,91 @@
-"""`Engine` and `Sequence`: the boundary that backend and gateway see. Tokens and text in and out, no tensors.
+"""`Engine`: the boundary that backend and gateway see. Tokens and text in and out, no tensors, no torch import.
 
-The core runs in a thread of its own. Methods are coroutines of whatever event loop calls them; several loops
-may share one engine.
+Methods are coroutines of whatever event loop calls them; several loops may share one engine. The core runs in a
+thread of this process or in a process of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import queue
-import random
 import threading
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
-from typing import Self
-
-import msgspec
-import torch
+from typing import TYPE_CHECKING, Any, Self
 
 from weft.runtime import errors
-from weft.runtime.cache.pools import Pools, PoolSizes
-from weft.runtime.checkpoint.reader import Checkpoint
 from weft.runtime.config import ModelConfig
 from weft.runtime.decoding.params import SamplingParams
 from weft.runtime.engine import messages as m
-from weft.runtime.engine.core import Core, CoreLimits
-from weft.runtime.model.model import Model
-from weft.runtime.model.weights import Draining
+from weft.runtime.engine.child import CoreProcess
+from weft.runtime.engine.config import EngineConfig
+from weft.runtime.engine.handle import Output, Sequence
+from weft.runtime.engine.link import Link, ProcessLink, ThreadLink
 from weft.runtime.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from weft.runtime.model.model import Model
 
 Progress = Callable[[int, int, str], None]
 
 
-@dataclass(frozen=True)
-class EngineConfig:
-    """How to run a model. dtype: float32 or bfloat16. quant_sim: round KV as the released model does.
+class Engine:
+    """A loaded model. Close it, or use it as a context manager.
 
-    deterministic: results do not depend on batch, chunks or forks, to the bit; False trades that for speed.
-
-    pools: KV memory; its `burst` is raised to the prefill chunk if that is larger.
+    When the core dies, every waiting call ends with `EngineDead`, a new core takes its place, and sequences opened
+    before are lost: their calls end with `EngineDead` too. After too many deaths the engine stays dead.
     """
 
-    dtype: str = "float32"
-    quant_sim: bool = False
-    deterministic: bool = True
-    pools: PoolSizes = field(default_factory=PoolSizes)
-    limits: CoreLimits = field(default_factory=CoreLimits)
-
-    def __post_init__(self) -> None:
-        if self.dtype not in ("float32", "bfloat16"):
-            raise errors.ConfigError("dtype", self.dtype, "must be float32 or bfloat16")
-        if self.pools.burst < self.limits.chunk:
-            raise errors.ConfigError("pools.burst", self.pools.burst, f"below limits.chunk {self.limits.chunk}")
-
-
-@dataclass(frozen=True)
-class Output:
-    """A finished generation. tokens: all drawn, the stop included; text: without it.
-    kept: how many of the tokens lie wholly in the text."""
-
-    tokens: list[int]
-    text: str
-    logprobs: list[m.Logprob]
-    finish_reason: str
-    stop: str | int | None
-    kept: int
-    usage: m.Usage
-
-
-class Engine:
-    """A loaded model. Close it, or use it as a context manager."""
-
-    def __init__(self, model: Model, tokenizer: Tokenizer, config: EngineConfig | None = None) -> None:
-        config = config or EngineConfig()
-        self.model_config: ModelConfig = model.config
-        self.tokenizer = tokenizer
-        self.pools_nbytes = 0
+    def __init__(
+        self,
+        source: Model | Path | str,
+        tokenizer: Tokenizer | None = None,
+        config: EngineConfig | None = None,
+        *,
+        process: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        """source: a model in memory (with its tokenizer), or a checkpoint folder: weights in either layout,
+        config.json and tokenizer.json. process: run the core in a process of its own; needs a folder.
+        progress: called with (bytes done, bytes in all, shard) while a thread's model loads."""
+        self.config = config or EngineConfig()
         self._ids = itertools.count(1)
-        self._inbox: queue.SimpleQueue[m.Request] = queue.SimpleQueue()
         self._calls: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Queue[m.Event]]] = {}
         self._lock = threading.Lock()
-        self._death: BaseException | None = None
+        self._death: errors.EngineDead | None = None
         self._closed = False
-        pools = Pools(model.config, config.pools, model.dtype)
-        self.pools_nbytes = pools.nbytes
-        self.context = config.pools.context
-        self.slots = config.pools.slots
-        self._core = Core(model, pools, tokenizer, config.limits, self._deliver)
-        self._thread = threading.Thread(target=self._run, name="weft-core", daemon=True)
-        self._thread.start()
+        if isinstance(source, (str, Path)):
+            source = Path(source)
+            self.model_config = ModelConfig.load(source)
+            self.tokenizer = tokenizer or Tokenizer.load(source)
+        else:
+            if tokenizer is None:
+                raise errors.ConfigError("tokenizer", None, "a model in memory needs one")
+            self.model_config = source.config
+            self.tokenizer = tokenizer
+        self.capacity = self.config.capacity(self.model_config)
+        self._link = self._connect(source, process, progress)
 
     @classmethod
     def load(
         cls, path: Path | str, config: EngineConfig | None = None, progress: Progress | None = None
     ) -> Engine:
-        """Load a checkpoint directory: weights in either layout, config.json and tokenizer.json."""
-        config = config or EngineConfig()
-        dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
-        checkpoint = Checkpoint.open(Path(path))
-        tokenizer = Tokenizer.load(Path(path))
-        weights = Draining(dict(checkpoint.load(dtype, progress)))
-        model = Model(
-            checkpoint.config, weights, dtype=dtype, quant_sim=config.quant_sim, deterministic=config.deterministic
-        )
-        return cls(model, tokenizer, config)
+        """An engine over a checkpoint folder, its core in a thread."""
+        return cls(path, config=config, progress=progress)
+
+    def _connect(self, source: Model | Path, process: bool, progress: Progress | None) -> Link:
+        # The host imports torch; a front whose core lives elsewhere never does.
+        restarts = self.config.limits.restarts
+        if process:
+            if not isinstance(source, Path):
+                raise errors.ConfigError("process", True, "needs a checkpoint folder: a model cannot move")
+            return ProcessLink(CoreProcess(source.resolve(), self.config), self._deliver, self._on_death, restarts)
+        host: Any = import_module("weft.runtime.engine.host")
+        model = host.load_model(source, self.config, progress) if isinstance(source, Path) else source
+        make = host.core_maker(model, self.tokenizer, self.config)
+        return ThreadLink(make, self._deliver, self._on_death, restarts)
 
     def __enter__(self) -> Self:
         return self
@@ -117,25 +97,41 @@ class Engine:
         """Stop the core; calls still waiting end with `Cancelled`. Safe to call twice."""
         if not self._closed:
             self._closed = True
-            self._inbox.put(m.Stop())
-            self._thread.join()
+            if self._death is None:
+                self._link.close()
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest history."""
+        return self.config.pools.context
+
+    @property
+    def slots(self) -> int:
+        """Sequences with KV at one time, forks included."""
+        return self.config.pools.slots
 
     # -- sequences --------------------------------------------------------------------------------------
 
     def open(self, content: str | Seq[int]) -> Sequence:
         """A sequence with this history. Text is encoded as it stands: no BOS is added."""
-        sequence = Sequence(self, next(self._ids))
-        self._send(m.Open(sequence.id, self._tokens(content)))
+        sequence = Sequence(self, self.new_id())
+        self.send(m.Open(sequence.id, self.tokens(content)))
         return sequence
 
-    async def generate(self, prompt: str | Seq[int], params: SamplingParams) -> Output:
-        """One-shot: open, generate, close."""
+    async def generate(
+        self, prompt: str | Seq[int], params: SamplingParams, deadline: float | None = None
+    ) -> Output:
+        """One-shot: open, generate, close. deadline: seconds from now."""
         with self.open(prompt) as sequence:
-            return await sequence.complete(params)
+            return await sequence.complete(params, deadline)
 
-    # -- plumbing ---------------------------------------------------------------------------------------
+    # -- for `Sequence` ---------------------------------------------------------------------------------
 
-    def _tokens(self, content: str | Seq[int]) -> list[int]:
+    def new_id(self) -> int:
+        return next(self._ids)
+
+    def tokens(self, content: str | Seq[int]) -> list[int]:
+        """Token ids of text, or the given ids once they are known to be in the vocabulary."""
         if isinstance(content, str):
             return self.tokenizer.encode(content)
         vocabulary = self.model_config.vocab_size
@@ -144,42 +140,50 @@ class Engine:
                 raise errors.RequestError("tokens", token, f"not in a vocabulary of {vocabulary}")
         return list(content)
 
-    def _send(self, message: m.Request) -> None:
+    def send(self, message: m.Request) -> None:
         if self._closed:
             raise errors.EngineDead("the engine is closed")
         if self._death is not None:
-            raise errors.EngineDead("the engine core has stopped") from self._death
-        self._inbox.put(message)
+            raise errors.EngineDead(str(self._death)) from self._death
+        self._link.send(message)
 
-    async def _call(self, make: Callable[[int], m.Request]) -> AsyncIterator[m.Delta | m.Done]:
+    def post(self, message: m.Request) -> None:
+        """`send` for messages that mean nothing to an engine that has ended."""
+        if not self._closed and self._death is None:
+            self._link.send(message)
+
+    async def call(self, make: Callable[[int], m.Request]) -> AsyncIterator[m.Delta | m.Done]:
         """Send a call and yield its events up to Done; leaving early cancels it."""
-        number = next(self._ids)
+        number = self.new_id()
         events: asyncio.Queue[m.Event] = asyncio.Queue()
         with self._lock:
             self._calls[number] = (asyncio.get_running_loop(), events)
         finished = False
         try:
-            self._send(make(number))
+            self.send(make(number))
             while not finished:
                 event = await events.get()
                 finished = not isinstance(event, m.Delta)
                 if isinstance(event, m.Failed):
-                    raise _exception(event, self._death)
+                    raise _exception(event)
                 yield event
         finally:
             with self._lock:
                 self._calls.pop(number, None)
-            if not finished and self._death is None and not self._closed:
-                self._inbox.put(m.Cancel(number))
+            if not finished:
+                self.post(m.Cancel(number))
 
-    async def _result(self, make: Callable[[int], m.Request]) -> m.Done:
-        async for event in self._call(make):
+    async def result(self, make: Callable[[int], m.Request]) -> m.Done:
+        """The Done of a call without deltas."""
+        async for event in self.call(make):
             if isinstance(event, m.Done):
                 return event
         raise AssertionError("a call ends with Done or an exception")
 
+    # -- from the link's thread -------------------------------------------------------------------------
+
     def _deliver(self, event: m.Event) -> None:
-        """Hand an event to the loop that waits for it. Runs in the core's thread."""
+        """Hand an event to the loop that waits for it."""
         with self._lock:
             waiting = self._calls.get(event.call)
         if waiting is None:
@@ -189,138 +193,19 @@ class Engine:
             loop.call_soon_threadsafe(events.put_nowait, event)
         except RuntimeError:
             # The loop was closed with the call still open: nobody can receive the event any more.
-            self._inbox.put(m.Cancel(event.call))
+            self.post(m.Cancel(event.call))
 
-    def _run(self) -> None:
-        """The core's thread: messages first, then a step, for ever."""
-        core = self._core
-        try:
-            while True:
-                block = not core.has_work()
-                while block or not self._inbox.empty():
-                    message = self._inbox.get()
-                    core.handle(message)
-                    if isinstance(message, m.Stop):
-                        return
-                    block = False
-                if core.has_work():
-                    core.step()
-        except BaseException as error:
-            self._death = error
-            with self._lock:
-                waiting = list(self._calls)
-            for call in waiting:
-                self._deliver(m.Failed(call, "EngineDead", f"the engine core stopped: {error!r}"))
-            if not isinstance(error, Exception):
-                raise
+    def _on_death(self, reason: errors.EngineDead, final: bool) -> None:
+        if final:
+            self._death = reason
+        with self._lock:
+            waiting = list(self._calls)
+        for call in waiting:
+            self._deliver(m.Failed(call, "EngineDead", str(reason)))
 
 
-class Sequence:
-    """One history in an engine. Calls on it run in the order they are made.
-
-    Owned by whoever opened or forked it; `close` frees its KV (forks keep what they share). Usable as a context
-    manager.
-    """
-
-    def __init__(self, engine: Engine, id: int) -> None:
-        self.engine = engine
-        self.id = id
-        # What the fork that made this sequence took: how much of the history was cached, how much computed.
-        self.origin = m.Usage()
-        self._closed = False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def extend(self, content: str | Seq[int]) -> None:
-        """Append tokens, or text as the tokenizer splits it alone."""
-        self._send(m.Extend(self.id, self.engine._tokens(content)))
-
-    async def generate(self, params: SamplingParams) -> AsyncIterator[m.Delta | m.Done]:
-        """Deltas as tokens are drawn, then Done. The drawn tokens join the history."""
-        params = params.validate()
-        if params.seed is None:
-            params = msgspec.structs.replace(params, seed=random.getrandbits(63))
-        self._check_open()
-        async for event in self.engine._call(lambda call: m.Generate(call, self.id, params)):
-            yield event
-
-    async def complete(self, params: SamplingParams) -> Output:
-        """`generate`, gathered."""
-        tokens: list[int] = []
-        text: list[str] = []
-        logprobs: list[m.Logprob] = []
-        async for event in self.generate(params):
-            if isinstance(event, m.Delta):
-                tokens += event.tokens
-                text.append(event.text)
-                logprobs += event.logprobs
-            else:
-                return Output(
-                    tokens, "".join(text), logprobs, event.finish_reason, event.stop, event.kept, event.usage
-                )
-        raise AssertionError("a generation ends with Done or an exception")
-
-    async def fork(self, count: int = 1) -> list[Sequence]:
-        """`count` sequences with this history, which is computed once and shared."""
-        if count < 1:
-            raise errors.RequestError("count", count, "must be at least 1")
-        self._check_open()
-        children = [Sequence(self.engine, next(self.engine._ids)) for _ in range(count)]
-        try:
-            done = await self.engine._result(lambda call: m.Fork(call, self.id, [child.id for child in children]))
-        except BaseException:
-            for child in children:  # a cancelled fork may have made them already
-                child.close()
-            raise
-        for child in children:
-            child.origin = done.usage
-        return children
-
-    async def append_scored(self, tokens: Seq[int], top: int = 0) -> list[m.Logprob]:
-        """Append tokens; the log-probability of each (of all but the first, if the history was empty)."""
-        self._check_open()
-        ids = self.engine._tokens(tokens)
-        return (await self.engine._result(lambda call: m.Score(call, self.id, ids, top))).logprobs
-
-    async def score(self, continuations: Seq[Seq[int]], top: int = 0) -> list[list[m.Logprob]]:
-        """Log-probabilities of the tokens of each continuation of this history, which stays as it is."""
-        children = await self.fork(len(continuations))
-        try:
-            scored = [child.append_scored(c, top) for child, c in zip(children, continuations, strict=True)]
-            return list(await asyncio.gather(*scored))
-        finally:
-            for child in children:
-                child.close()
-
-    async def truncate(self, length: int) -> None:
-        """Drop tokens from the end; only those not computed yet, as the last drawn token is."""
-        self._check_open()
-        await self.engine._result(lambda call: m.Truncate(call, self.id, length))
-
-    def close(self) -> None:
-        """Free the KV; calls still running end with `Cancelled`. Safe to call twice."""
-        if not self._closed:
-            self._closed = True
-            if self.engine._death is None and not self.engine._closed:
-                self.engine._inbox.put(m.Close(self.id))
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise errors.Cancelled("the sequence is closed")
-
-    def _send(self, message: m.Request) -> None:
-        self._check_open()
-        self.engine._send(message)
-
-
-def _exception(event: m.Failed, cause: BaseException | None) -> errors.WeftError:
+def _exception(event: m.Failed) -> errors.WeftError:
     kind: type[errors.WeftError] = getattr(errors, event.kind)
     if issubclass(kind, errors.RequestError):
         return kind(event.field, event.value, event.reason)
-    error = kind(event.reason)
-    error.__cause__ = cause
-    return error
+    return kind(event.reason)

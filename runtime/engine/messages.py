@@ -1,7 +1,8 @@
 """Messages between an engine's front and its core.
 
-Plain data only, no tensors: the same messages serve a core in a thread and, later, one in a process.
-Sequence and call ids are chosen by the front. Calls on one sequence run in the order they were sent.
+Plain data only, no tensors: the same messages serve a core in a thread and one in a process (as msgpack).
+Sequence and call ids are chosen by the front. Calls on one sequence run in the order they were sent. Deadlines
+are points of the monotonic clock.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Fork(msgspec.Struct, frozen=True, tag=True):
     call: int
     sequence: int
     children: list[int]
+    deadline: float | None = None
 
 
 class Generate(msgspec.Struct, frozen=True, tag=True):
@@ -51,6 +53,7 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     call: int
     sequence: int
     params: SamplingParams
+    deadline: float | None = None
 
 
 class Score(msgspec.Struct, frozen=True, tag=True):
@@ -60,6 +63,7 @@ class Score(msgspec.Struct, frozen=True, tag=True):
     sequence: int
     tokens: list[int]
     top: int = 0
+    deadline: float | None = None
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):

@@ -16,7 +16,8 @@ from torch import Tensor
 from weft.kernels.attention import KeyList
 from weft.kernels.compress import FoldPlan
 from weft.kernels.indexer import COLUMNS, QueryBlocks, block_rows
-from weft.runtime.cache.pools import C4_TAIL, PageKind, Pools
+from weft.runtime.cache.capacity import C4_TAIL, PageKind
+from weft.runtime.cache.pools import Pools
 from weft.runtime.config import C4, C128
 
 # Prefill queries scored together by the indexer: they read the same keys.

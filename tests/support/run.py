@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from weft.kernels.kv_rows import IndexFormat, KvFormat
-from weft.runtime.cache.pools import Pools, PoolSizes
+from weft.runtime.cache.capacity import IndexFormat, KvFormat, PoolSizes
+from weft.runtime.cache.pools import Pools
 from weft.runtime.cache.sequence import SequenceState
 from weft.runtime.model.batch import Batch, Span
 from weft.runtime.model.model import Model

@@ -1,0 +1,62 @@
+"""How to run a model: numbers, memory and limits. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from weft.runtime.cache.capacity import Capacity, IndexFormat, KvFormat, PoolSizes
+from weft.runtime.config import ModelConfig
+from weft.runtime.errors import ConfigError
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class CoreLimits:
+    """chunk: prefill tokens per step over all sequences. queue: calls accepted and not finished.
+    restarts: times a core that died is replaced before the engine gives up."""
+
+    chunk: int = 512
+    queue: int = 1024
+    restarts: int = 5
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """dtype: of weights and streams. quant_sim: round KV as the released model does.
+    deterministic: results do not depend on batch, chunks or forks, to the bit; False trades that for speed.
+    kv_format, index_format: how rows are stored; "model" is the dtype, fp8 and fp4 are the released layouts.
+    pools: KV memory. threads: of a core in its own process; None leaves torch's default.
+    """
+
+    dtype: Dtype = "float32"
+    quant_sim: bool = False
+    deterministic: bool = True
+    kv_format: KvFormat = "model"
+    index_format: IndexFormat = "model"
+    pools: PoolSizes = field(default_factory=PoolSizes)
+    limits: CoreLimits = field(default_factory=CoreLimits)
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        choices = {
+            "dtype": ("float32", "bfloat16"),
+            "kv_format": ("model", "fp8"),
+            "index_format": ("model", "fp8", "fp4"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(name, getattr(self, name), f"must be one of {', '.join(allowed)}")
+        for owner, names in (("pools", "tokens slots context burst page"), ("limits", "chunk queue")):
+            for name in names.split():
+                value = getattr(getattr(self, owner), name)
+                if value < 1:
+                    raise ConfigError(f"{owner}.{name}", value, "must be at least 1")
+        if self.pools.burst < self.limits.chunk:
+            raise ConfigError("pools.burst", self.pools.burst, f"below limits.chunk {self.limits.chunk}")
+
+    def capacity(self, config: ModelConfig) -> Capacity:
+        """What the pools will take and hold for a model."""
+        itemsize = 4 if self.dtype == "float32" else 2
+        return Capacity(config, self.pools, itemsize, self.kv_format, self.index_format)

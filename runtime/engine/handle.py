@@ -1,0 +1,163 @@
+"""`Sequence`: one history in an engine, as its owner sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import msgspec
+
+from weft.runtime import errors
+from weft.runtime.decoding.params import SamplingParams
+from weft.runtime.engine import messages as m
+
+if TYPE_CHECKING:
+    from weft.runtime.engine.front import Engine
+
+# Continuations scored in one batch; each holds a slot meanwhile.
+_SCORED_TOGETHER = 16
+
+
+@dataclass(frozen=True)
+class Output:
+    """A finished generation. tokens: all drawn, the stop included; text: without it.
+    kept: how many of the tokens lie wholly in the text."""
+
+    tokens: list[int]
+    text: str
+    logprobs: list[m.Logprob]
+    finish_reason: str
+    stop: str | int | None
+    kept: int
+    usage: m.Usage
+
+
+class Sequence:
+    """One history in an engine. Calls on it run in the order they are made.
+
+    A call takes a deadline in seconds from now; when it has passed, the call ends with `DeadlineExceeded` and the
+    history keeps the tokens it has. Cancelling the task that awaits a call has the same effect.
+    Owned by whoever opened or forked it; `close` frees its KV (forks keep what they share). Usable as a context
+    manager.
+    """
+
+    def __init__(self, engine: Engine, id: int) -> None:
+        self.engine = engine
+        self.id = id
+        # What the fork that made this sequence took: how much of the history was cached, how much computed.
+        self.origin = m.Usage()
+        self._closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def extend(self, content: str | Seq[int]) -> None:
+        """Append tokens, or text as the tokenizer splits it alone."""
+        self._send(m.Extend(self.id, self.engine.tokens(content)))
+
+    async def generate(
+        self, params: SamplingParams, deadline: float | None = None
+    ) -> AsyncIterator[m.Delta | m.Done]:
+        """Deltas as tokens are drawn, then Done. The drawn tokens join the history."""
+        params = params.validate()
+        if params.seed is None:
+            params = msgspec.structs.replace(params, seed=random.getrandbits(63))
+        self._check_open()
+        at = _absolute(deadline)
+        async for event in self.engine.call(lambda call: m.Generate(call, self.id, params, at)):
+            yield event
+
+    async def complete(self, params: SamplingParams, deadline: float | None = None) -> Output:
+        """`generate`, gathered."""
+        tokens: list[int] = []
+        text: list[str] = []
+        logprobs: list[m.Logprob] = []
+        async for event in self.generate(params, deadline):
+            if isinstance(event, m.Delta):
+                tokens += event.tokens
+                text.append(event.text)
+                logprobs += event.logprobs
+            else:
+                return Output(
+                    tokens, "".join(text), logprobs, event.finish_reason, event.stop, event.kept, event.usage
+                )
+        raise AssertionError("a generation ends with Done or an exception")
+
+    async def fork(self, count: int = 1, deadline: float | None = None) -> list[Sequence]:
+        """`count` sequences with this history, which is computed once and shared."""
+        if count < 1:
+            raise errors.RequestError("count", count, "must be at least 1")
+        self._check_open()
+        children = [Sequence(self.engine, self.engine.new_id()) for _ in range(count)]
+        ids = [child.id for child in children]
+        at = _absolute(deadline)
+        try:
+            done = await self.engine.result(lambda call: m.Fork(call, self.id, ids, at))
+        except BaseException:
+            for child in children:  # a cancelled fork may have made them already
+                child.close()
+            raise
+        for child in children:
+            child.origin = done.usage
+        return children
+
+    async def append_scored(
+        self, tokens: Seq[int], top: int = 0, deadline: float | None = None
+    ) -> list[m.Logprob]:
+        """Append tokens; the log-probability of each (of all but the first, if the history was empty)."""
+        self._check_open()
+        ids = self.engine.tokens(tokens)
+        at = _absolute(deadline)
+        return (await self.engine.result(lambda call: m.Score(call, self.id, ids, top, at))).logprobs
+
+    async def score(
+        self, continuations: Seq[Seq[int]], top: int = 0, deadline: float | None = None
+    ) -> list[list[m.Logprob]]:
+        """Log-probabilities of the tokens of each continuation of this history, which stays as it is."""
+        out: list[list[m.Logprob]] = []
+        for start in range(0, len(continuations), _SCORED_TOGETHER):
+            part = continuations[start : start + _SCORED_TOGETHER]
+            children = await self.fork(len(part), deadline)
+            try:
+                scored = (child.append_scored(c, top, deadline) for child, c in zip(children, part, strict=True))
+                out += await asyncio.gather(*scored)
+            finally:
+                for child in children:
+                    child.close()
+        return out
+
+    async def truncate(self, length: int) -> None:
+        """Drop tokens from the end; only those not computed yet, as the last drawn token is."""
+        self._check_open()
+        await self.engine.result(lambda call: m.Truncate(call, self.id, length))
+
+    def close(self) -> None:
+        """Free the KV; calls still running end with `Cancelled`. Safe to call twice."""
+        if not self._closed:
+            self._closed = True
+            self.engine.post(m.Close(self.id))
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise errors.Cancelled("the sequence is closed")
+
+    def _send(self, message: m.Request) -> None:
+        self._check_open()
+        self.engine.send(message)
+
+
+def _absolute(deadline: float | None) -> float | None:
+    """Seconds from now -> a point of the monotonic clock, which all processes of a machine share."""
+    if deadline is None:
+        return None
+    if deadline <= 0:
+        raise errors.RequestError("deadline", deadline, "must be positive")
+    return time.monotonic() + deadline

@@ -1,0 +1,79 @@
+"""Where cores are made: from a model in memory, or from a checkpoint in a process of their own."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import msgspec
+import torch
+
+from weft.runtime.cache.pools import Pools
+from weft.runtime.checkpoint.reader import Checkpoint
+from weft.runtime.engine import messages as m
+from weft.runtime.engine.config import EngineConfig
+from weft.runtime.engine.core import Core
+from weft.runtime.engine.link import MakeCore, run_core
+from weft.runtime.model.model import Model
+from weft.runtime.model.weights import Draining
+from weft.runtime.text.tokenizer import Tokenizer
+
+Progress = Callable[[int, int, str], None]
+
+
+def load_model(path: Path, config: EngineConfig, progress: Progress | None = None) -> Model:
+    """Read a checkpoint; its tensors are let go one by one as the model takes them."""
+    dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
+    checkpoint = Checkpoint.open(path)
+    weights = Draining(dict(checkpoint.load(dtype, progress)))
+    return Model(
+        checkpoint.config, weights, dtype=dtype, quant_sim=config.quant_sim, deterministic=config.deterministic
+    )
+
+
+def core_maker(model: Model, tokenizer: Tokenizer, config: EngineConfig) -> MakeCore:
+    """Cores over one model, each with pools of its own."""
+
+    def make(on_event: Callable[[m.Event], None]) -> Core:
+        pools = Pools(
+            model.config,
+            config.pools,
+            model.dtype,
+            kv_format=config.kv_format,
+            index_format=config.index_format,
+        )
+        return Core(model, pools, tokenizer, config.limits, on_event)
+
+    return make
+
+
+def serve(pipe: Connection, path: Path, config: EngineConfig) -> None:
+    """The main function of a core's process: load the checkpoint, then run until the front stops it or is gone."""
+    # Ctrl-C is for the front: it closes the engine in order.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    events: list[m.Event] = []
+    encoder = msgspec.msgpack.Encoder()
+    decoder = msgspec.msgpack.Decoder(m.Request)
+
+    def flush() -> None:
+        if events:
+            pipe.send_bytes(encoder.encode(events))
+            events.clear()
+
+    def receive(block: bool) -> m.Request | None:
+        flush()
+        if not block and not pipe.poll():
+            return None
+        try:
+            message: m.Request = decoder.decode(pipe.recv_bytes())
+            return message
+        except EOFError:  # nobody is left who could ask for anything
+            return m.Stop()
+
+    model = load_model(path, config)
+    run_core(core_maker(model, Tokenizer.load(path), config)(events.append), receive)
+    flush()
