@@ -74,10 +74,10 @@ def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
     np.add(matrix, small, out=matrix)
     for i in range(iterations):
         if i:
-            np.add.reduce(matrix, axis=1, keepdims=True, out=row)
-            np.divide(matrix, np.add(row, small, out=row), out=matrix)
-        np.add.reduce(matrix, axis=0, keepdims=True, out=column)
-        np.divide(matrix, np.add(column, small, out=column), out=matrix)
+            np.add.reduce(matrix, axis=1, keepdims=True, out=row, initial=small)
+            np.divide(matrix, row, out=matrix)
+        np.add.reduce(matrix, axis=0, keepdims=True, out=column, initial=small)
+        np.divide(matrix, column, out=matrix)
     return torch.from_numpy(np.ascontiguousarray(matrix.transpose(2, 0, 1)))
 
 

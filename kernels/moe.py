@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,20 +14,11 @@ from weft.kernels.reduce import left_fold
 from weft.kernels.topk import top_k
 
 
-class Expert:
+class Expert(NamedTuple):
     """A gated MLP: w13 [2I, D] (w1 rows first), w2 [D, I]."""
 
-    def __init__(self, w13: Linear, w2: Linear) -> None:
-        self.w13 = w13
-        self.w2 = w2
-
-    def __call__(self, x: Tensor, limit: float, weight: Tensor | None = None) -> Tensor:
-        """x: [n, D] -> [n, D] in the weights' dtype; `weight` [n, 1] float32 multiplies before w2."""
-        gate, up = self.w13(x).chunk(2, dim=1)
-        hidden = swiglu(gate, up, limit)
-        if weight is not None:
-            hidden = hidden * weight
-        return self.w2(hidden)
+    w13: Linear
+    w2: Linear
 
 
 def route(scores: Tensor, bias: Tensor, k: int) -> Tensor:
@@ -40,23 +32,27 @@ def expert_weights(scores: Tensor, experts: Tensor, scaling: float) -> Tensor:
     return chosen / left_fold(chosen[:, :, None]) * scaling
 
 
-def run_experts(x: Tensor, experts: Tensor, weights: Tensor, modules: Sequence[Expert], limit: float) -> Tensor:
-    """Sum of the chosen experts' outputs, added in ascending expert order.
+def run_experts(
+    x: Tensor, experts: Tensor, weights: Tensor, modules: Sequence[Expert], shared: Expert, limit: float
+) -> Tensor:
+    """The chosen experts' weighted outputs, added in ascending expert order, plus the shared expert's.
 
     x: [T, D]; experts: [T, k] int64 ascending per token, as the sum's order must not depend on how they were
-    chosen; weights: [T, k] float32. Returns [T, D] float32.
+    chosen; weights: [T, k] float32, applied before w2. Returns [T, D] float32.
     """
     tokens, k = experts.shape
     flat = experts.flatten()
     order = flat.argsort(stable=True)
     counts = torch.bincount(flat, minlength=len(modules)).tolist()
-    source = order // k
-    factor = weights.flatten()[order, None]
+    # Rows in expert order; only the products go expert by expert, everything between them is one call.
+    rows = x.index_select(0, order // k)
+    used = [(module, count) for module, count in zip(modules, counts, strict=True) if count]
+    sizes = [count for _, count in used]
+    opened = [module.w13(part) for (module, _), part in zip(used, rows.split(sizes), strict=True)]
+    gate, up = torch.cat([*opened, shared.w13(x)]).chunk(2, dim=1)
+    hidden = swiglu(gate, up, limit)
+    routed = hidden[: tokens * k] * weights.flatten().index_select(0, order)[:, None]
+    closed = [module.w2(part) for (module, _), part in zip(used, routed.split(sizes), strict=True)]
     out = torch.empty(tokens * k, x.shape[1])
-    start = 0
-    for expert, count in zip(modules, counts, strict=True):
-        if count:
-            part = slice(start, start + count)
-            out[order[part]] = expert(x[source[part]], limit, factor[part]).float()
-            start += count
-    return left_fold(out.view(tokens, k, -1))
+    out[order] = torch.cat(closed).float()
+    return left_fold(out.view(tokens, k, -1)) + shared.w2(hidden[tokens * k :]).float()

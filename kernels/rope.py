@@ -42,21 +42,19 @@ def _pair_of(rotations: float, rope_dim: int, theta: float, length: int) -> floa
 
 @dataclass(frozen=True)
 class Rotation:
-    """cos and signed sin of some positions: [T, rope_dim] float32 each, one value per channel."""
+    """Unit complex numbers of some positions: [T, rope_dim / 2] complex64."""
 
-    cos: Tensor
-    sin: Tensor  # (-s, s) per pair, so that a rotation is x * cos + swap(x) * sin
+    unit: Tensor
 
     @classmethod
     def at(cls, positions: Tensor, frequencies: Tensor) -> Rotation:
         """positions: [T] int64; frequencies: [rope_dim / 2] float32."""
         angle = positions.float()[:, None] * frequencies
-        sin = torch.sin(angle)
-        return cls(torch.cos(angle).repeat_interleave(2, dim=1), torch.stack((-sin, sin), -1).flatten(1))
+        return cls(torch.complex(torch.cos(angle), torch.sin(angle)))
 
     @property
     def inverse(self) -> Rotation:
-        return Rotation(self.cos, -self.sin)
+        return Rotation(self.unit.conj().resolve_conj())
 
 
 def rotate_(x: Tensor, rotation: Rotation) -> Tensor:
@@ -64,10 +62,7 @@ def rotate_(x: Tensor, rotation: Rotation) -> Tensor:
 
     x: [T, d] or [T, H, d] float32; rotation of the same T positions.
     """
-    cos, sin = rotation.cos, rotation.sin
-    if x.dim() == 3:
-        cos, sin = cos[:, None], sin[:, None]
-    tail = x[..., -cos.shape[-1] :]
-    swapped = tail.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    tail.copy_(tail * cos + swapped * sin)
+    unit = rotation.unit if x.dim() == 2 else rotation.unit[:, None]
+    tail = x[..., -2 * unit.shape[-1] :]
+    torch.view_as_complex(tail.unflatten(-1, (-1, 2))).mul_(unit)
     return x

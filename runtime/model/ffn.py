@@ -26,13 +26,12 @@ class MoE:
         config = self.config
         scores = sqrt_softplus(self.gate(x))
         if self.expert_of_token is not None:
-            experts = self.expert_of_token[ids]
+            experts = self.expert_of_token.index_select(0, ids)
         else:
             assert self.bias is not None
             experts = route(scores, self.bias, config.num_experts_per_tok)
         weights = expert_weights(scores, experts, config.routed_scaling_factor)
-        routed = run_experts(x, experts, weights, self.experts, config.swiglu_limit)
-        return routed + self.shared(x, config.swiglu_limit).float()
+        return run_experts(x, experts, weights, self.experts, self.shared, config.swiglu_limit)
 
 
 def _expert(weights: Weights) -> Expert:

@@ -64,10 +64,10 @@ class Model:
         batch's sequences, and their last streams to `Pools.streams`.
         """
         step = StepContext(batch, self.rope)
-        h = self.embed[ids][:, None].expand(-1, self.config.hc_mult, -1)
+        h = self.embed.index_select(0, ids)[:, None].expand(-1, self.config.hc_mult, -1)
         for block in self.blocks:
             h = block(h, ids, step)
-        batch.pools.streams[batch.slots] = h[batch.last].to(batch.pools.streams.dtype)
+        batch.pools.streams[batch.slots] = h.index_select(0, batch.last).to(batch.pools.streams.dtype)
         return h
 
     @torch.inference_mode()
@@ -83,7 +83,7 @@ class Model:
         the tokens that follow them. Returns [T, hc, D]; writes the MTP layer's window rows.
         """
         assert self.mtp is not None, "the config has no MTP block"
-        return self.mtp(h, self.embed[next_ids], next_ids, StepContext(batch, self.rope))
+        return self.mtp(h, self.embed.index_select(0, next_ids), next_ids, StepContext(batch, self.rope))
 
     @torch.inference_mode()
     def mtp_logits(self, h: Tensor) -> Tensor:
