@@ -98,6 +98,11 @@ class Capacity:
             length *= 8
         return rows
 
+    def line(self) -> str:
+        """The report in one line."""
+        fits = ", ".join(f"{self.sequences(n):,} of {n:,}" for n in (1024, 8192, 65536) if n <= self.sizes.context)
+        return f"KV memory {self.total / 2**20:,.1f} MiB; sequences it holds: {fits} tokens"
+
     def _layers(self) -> int:
         """Layers with window rows: all, and the MTP block."""
         return self.config.num_hidden_layers + self.config.has_mtp

@@ -7,6 +7,7 @@ thread of this process or in a process of its own.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -14,6 +15,8 @@ from collections.abc import Sequence as Seq
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
+
+import msgspec
 
 from weft.runtime import errors
 from weft.runtime.config import ModelConfig
@@ -119,11 +122,38 @@ class Engine:
         return sequence
 
     async def generate(
-        self, prompt: str | Seq[int], params: SamplingParams, deadline: float | None = None
+        self,
+        prompt: str | Seq[int],
+        params: SamplingParams,
+        deadline: float | None = None,
+        *,
+        prompt_logprobs: int | None = None,
     ) -> Output:
-        """One-shot: open, generate, close. deadline: seconds from now."""
+        """One-shot: open, generate, close. deadline: seconds from now.
+        prompt_logprobs: also score the prompt's tokens but the first, with that many alternatives each."""
+        if prompt_logprobs is None:
+            with self.open(prompt) as sequence:
+                return await sequence.complete(params, deadline)
+        with self.open([]) as sequence:
+            scored = await sequence.append_scored(self.tokens(prompt), prompt_logprobs, deadline)
+            return dataclasses.replace(await sequence.complete(params, deadline), prompt_logprobs=scored)
+
+    async def sample(
+        self, prompt: str | Seq[int], params: SamplingParams, n: int, deadline: float | None = None
+    ) -> list[Output]:
+        """n outputs of one prompt, which is computed once. Output i draws with seed + i if a seed is given."""
         with self.open(prompt) as sequence:
-            return await sequence.complete(params, deadline)
+            children = await sequence.fork(n, deadline)
+            seeds = [None if params.seed is None else params.seed + i for i in range(n)]
+            try:
+                runs = [
+                    child.complete(msgspec.structs.replace(params, seed=seed), deadline)
+                    for child, seed in zip(children, seeds, strict=True)
+                ]
+                return list(await asyncio.gather(*runs))
+            finally:
+                for child in children:
+                    child.close()
 
     # -- for `Sequence` ---------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import AsyncIterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
 import msgspec
@@ -26,7 +26,7 @@ _SCORED_TOGETHER = 16
 @dataclass(frozen=True)
 class Output:
     """A finished generation. tokens: all drawn, the stop included; text: without it.
-    kept: how many of the tokens lie wholly in the text."""
+    kept: how many of the tokens lie wholly in the text. prompt_logprobs: if they were asked for."""
 
     tokens: list[int]
     text: str
@@ -35,6 +35,7 @@ class Output:
     stop: str | int | None
     kept: int
     usage: m.Usage
+    prompt_logprobs: list[m.Logprob] = field(default_factory=list)
 
 
 class Sequence:
