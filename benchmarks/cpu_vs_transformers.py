@@ -3,7 +3,9 @@
 Each case measures both in turn, several times, and reports the median of each and their ratio. Thread counts and
 models run in processes of their own; so do the peaks of memory.
 
-    python benchmarks/cpu_vs_transformers.py [--models tiny wide] [--threads 1 2] [--repeats 3] [--quick]
+    python benchmarks/cpu_vs_transformers.py [--models tiny wide] [--threads 1 2] [--repeats 3]
+
+Decode figures leave the prefill out; a ratio is the median of the ratios of the turns.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ from weft.runtime.engine.config import CoreLimits, EngineConfig
 from weft.runtime.engine.front import Engine
 from weft.runtime.model.model import Model
 from weft.runtime.text.tokenizer import byte_tokenizer
+
+Runner = Callable[[list[list[int]], int], None]
 
 NEW_TOKENS = 64
 CONTEXT = 256
@@ -123,42 +127,50 @@ def cases(config: ModelConfig, long: list[int]) -> dict[str, tuple[list[list[int
     return table
 
 
-def seconds(run: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
-
-
 def measure(name: str, repeats: int, long: list[int]) -> list[dict[str, Any]]:
     config = config_of(name)
     theirs, exact, fast = Theirs(config), Ours(config, True), Ours(config, False)
     rows = []
     for case, (prompts, tokens, alone) in cases(config, long).items():
-        runners: dict[str, Callable[[], None]] = {
-            "transformers": lambda p=prompts, n=tokens, a=alone: (theirs.one_by_one if a else theirs.generate)(
-                p, n
-            ),
-            "weft": lambda p=prompts, n=tokens: exact.generate(p, n),
-            "weft fast": lambda p=prompts, n=tokens: fast.generate(p, n),
+        runners: dict[str, Runner] = {
+            "transformers": theirs.one_by_one if alone else theirs.generate,
+            "weft": exact.generate,
+            "weft fast": fast.generate,
         }
-        for run in runners.values():
-            if len(prompts[0]) <= 1024:
-                run()  # warm-up; long prefills are their own
-        times = {label: [] for label in runners}
-        for _ in range(repeats):
+        times: dict[str, list[float]] = {label: [] for label in runners}
+        for turn in range(repeats + 1):
             for label, run in runners.items():
-                times[label].append(seconds(run))
-        median = {label: statistics.median(own) for label, own in times.items()}
-        total = sum(map(len, prompts)) if tokens == 1 else tokens * len(prompts)
-        row: dict[str, Any] = {"case": case}
-        for label, own in median.items():
-            row[f"{label} s"] = round(own, 3)
-            row[f"{label} tok/s"] = round(total / own, 1)
-        row["ratio"] = round(median["transformers"] / median["weft"], 2)
-        row["ratio fast"] = round(median["transformers"] / median["weft fast"], 2)
-        rows.append(row)
-        print(json.dumps(row), file=sys.stderr, flush=True)
+                taken = decode_seconds(run, prompts, tokens) if tokens > 1 else seconds(run, prompts, 1)
+                if turn or tokens == 1:  # the first turn of a decode warms up
+                    times[label].append(taken)
+            if tokens == 1 and turn + 1 == repeats:
+                break
+        rows.append(row_of(case, times, tokens * len(prompts) if tokens > 1 else len(prompts[0])))
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     return rows
+
+
+def seconds(run: Runner, prompts: list[list[int]], tokens: int) -> float:
+    started = time.perf_counter()
+    run(prompts, tokens)
+    return time.perf_counter() - started
+
+
+def decode_seconds(run: Runner, prompts: list[list[int]], tokens: int) -> float:
+    """Without the prefill: what `tokens` more than one take."""
+    return seconds(run, prompts, tokens + 1) - seconds(run, prompts, 1)
+
+
+def row_of(case: str, times: dict[str, list[float]], tokens: int) -> dict[str, Any]:
+    median = {label: statistics.median(own) for label, own in times.items()}
+    row: dict[str, Any] = {"case": case}
+    for label, own in median.items():
+        row[f"{label} s"] = round(own, 3)
+        row[f"{label} tok/s"] = round(tokens / own, 1)
+    for label in ("weft", "weft fast"):
+        pairs = [a / b for a, b in zip(times["transformers"], times[label], strict=True)]
+        row[f"ratio {label}"] = round(statistics.median(pairs), 2)
+    return row
 
 
 def peak(name: str, side: str, length: int) -> float:
