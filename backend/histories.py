@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from weft.runtime.engine.front import Sequence
+from weft.runtime.engine.handle import Sequence
 from weft.runtime.text.trie import TextTrie
 
 

@@ -19,12 +19,15 @@ from torch import Tensor
 
 Method = Literal["padded", "packed", "single"]
 
-# Rows tried by the self-check: around the tile heights of known BLAS kernels.
-_CHECK_ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 24, 31, 33, 48, 63, 65)
+# Batch sizes tried by the self-check: around the tile heights of known BLAS kernels, and where they change plan.
+_CHECK_ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 24, 31, 33, 48, 63, 65, 100, 128, 255, 256, 511, 1000)
+_CHECK_ROWS_LARGE = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 128)
 _CHECK_OFFSETS = (0, 1, 3)
-_MAX_CHECK_ROWS = max(_CHECK_ROWS) + max(_CHECK_OFFSETS)
+_DISTINCT_ROWS = 68
 # From this many weight elements on, reading the weights dominates and prepacking wins at few rows.
 _PACK_FROM = 1 << 18
+# BLAS kernels may treat data by the alignment of its address, so inputs and weights start at such a multiple.
+_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Linear:
         assert weight.dim() == 2 and weight.dtype in (torch.float32, torch.bfloat16), weight.shape
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
+        weight = _aligned(weight)
         size = self.out_features, self.in_features
         self.plan = choose(*size, weight.dtype, torch.get_num_threads()) if deterministic else FAST
         self._run = _runner(self.plan, weight)
@@ -64,7 +68,14 @@ class Linear:
             x = x.to(self.dtype)
         if x.shape[0] == 0:
             return x.new_empty(0, self.out_features)
-        return self._run(x)
+        return self._run(_aligned(x))
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x itself, or a contiguous copy at an aligned address."""
+    if x.is_contiguous() and x.data_ptr() % _ALIGNMENT == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _runner(plan: LinearPlan, weight: Tensor) -> Callable[[Tensor], Tensor]:
@@ -77,17 +88,17 @@ def _runner(plan: LinearPlan, weight: Tensor) -> Callable[[Tensor], Tensor]:
 
         return run_packed
     if plan.method == "single":
-        return lambda x: torch.cat([F.linear(row, weight) for row in x.split(1)])
-    multiple = plan.row_multiple
+        return lambda x: torch.cat([F.linear(_aligned(row), weight) for row in x.split(1)])
+    multiple, columns = plan.row_multiple, weight.t()
 
     def run_padded(x: Tensor) -> Tensor:
         rows = x.shape[0]
         missing = -rows % multiple
         if missing == 0:
-            return F.linear(x, weight)
+            return torch.mm(x, columns)
         if rows == 1:  # a view of the row instead of a padded copy: other rows of the tile do not matter
-            return F.linear(x.expand(multiple, -1), weight)[:1]
-        return F.linear(F.pad(x, (0, 0, 0, missing)), weight)[:rows]
+            return torch.mm(x.expand(multiple, -1), columns)[:1]
+        return torch.mm(F.pad(x, (0, 0, 0, missing)), columns)[:rows]
 
     return run_padded
 
@@ -108,19 +119,33 @@ def choose(n: int, k: int, dtype: torch.dtype, threads: int) -> LinearPlan:
     """
     # A check needs enough columns to meet every kernel, not all of a 129,280-row head.
     rows = min(n, 4096)
-    generator = torch.Generator().manual_seed(n * 1_000_003 + k)
-    weight = (torch.randn(rows, k, generator=generator) * k**-0.5).to(dtype)
-    x = torch.randn(_MAX_CHECK_ROWS, k, generator=generator).to(dtype)
+    sizes = _CHECK_ROWS if rows * k < _PACK_FROM else _CHECK_ROWS_LARGE
+    draws = [_draw(rows, k, dtype, cancelling) for cancelling in (False, True)]
     for plan in candidates(n, k):
-        if plan.method == "single" or _is_row_invariant(_runner(plan, weight), x):
+        if plan.method == "single" or all(_is_row_invariant(_runner(plan, w), x, sizes) for w, x in draws):
             return plan
     raise AssertionError("unreachable: the last candidate always holds")
 
 
-def _is_row_invariant(run: Callable[[Tensor], Tensor], x: Tensor) -> bool:
-    alone = torch.cat([run(row) for row in x.split(1)])
-    return all(
-        torch.equal(run(x[offset : offset + rows].clone()), alone[offset : offset + rows])
-        for rows in _CHECK_ROWS
-        for offset in _CHECK_OFFSETS
-    )
+def _draw(n: int, k: int, dtype: torch.dtype, cancelling: bool) -> tuple[Tensor, Tensor]:
+    """A weight [n, k] and rows to multiply. With `cancelling`, two huge terms of each product cancel, so that the
+    result shows the rounding of every partial sum, which bfloat16 would otherwise hide in its own."""
+    generator = torch.Generator().manual_seed(n * 1_000_003 + k)
+    weight = torch.randn(n, k, generator=generator) * k**-0.5
+    x = torch.randn(_DISTINCT_ROWS, k, generator=generator)
+    if cancelling and k > 1:
+        first, second = torch.randperm(k, generator=generator)[:2].tolist()
+        weight[:, second] = weight[:, first]
+        x[:, first] *= 2.0**16 if dtype == torch.bfloat16 else 2.0**8
+        x[:, second] = -x[:, first]
+    return weight.to(dtype), x.to(dtype)
+
+
+def _is_row_invariant(run: Callable[[Tensor], Tensor], x: Tensor, sizes: tuple[int, ...]) -> bool:
+    alone = torch.cat([run(row.clone()) for row in x.split(1)])
+    for size in sizes:
+        for offset in _CHECK_OFFSETS:
+            chosen = torch.arange(offset, offset + size) % len(x)
+            if not torch.equal(run(x.index_select(0, chosen)), alone.index_select(0, chosen)):
+                return False
+    return True

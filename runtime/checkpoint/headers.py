@@ -62,7 +62,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     try:
-        weight_map = json.loads(path.read_text())["weight_map"]
+        weight_map = json.loads(path.read_bytes())["weight_map"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: not an index with a weight_map ({error!r})") from error
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):

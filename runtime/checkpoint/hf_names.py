@@ -2,18 +2,22 @@
 
 transformers 5.23 has three spellings of one model: the `state_dict` of its modules
 (`model.layers.3.self_attn.q_a_proj.weight`, experts merged into one tensor), the official names
-behind a `model.` prefix, and what its own `save_pretrained` writes: official names with HF ones for
-the embedding and the last hyper-connection, and `attn.norm` where both others say `kv_norm`.
-`official_name` reads all of them. `hf_name` is the spelling Weft writes: names of the modules, one
-matrix per expert as in the official files, and `weight_scale_inv` beside a quantised matrix. That is
-what `from_pretrained` takes on a GPU, where it keeps FP8 and FP4, and on a CPU, where it dequantises;
-a merged quantised tensor would only load on the GPU.
+behind a `model.` prefix, and what its own `save_pretrained` writes: a mixture, because it reverts the
+renamings of single parts that loading made use of. A model loaded from official names is saved as
+`model.embed_tokens` beside `head`, with `attn.norm` where both others say `kv_norm`; one loaded from
+its own names as `attn.compressor.indexer.wkv`. `official_name` reads all of them.
+
+`hf_name` is the spelling Weft writes: names of the modules, one matrix per expert as in the official
+files, and `weight_scale_inv` beside a quantised matrix. That is what `from_pretrained` takes both on
+a GPU, where it keeps FP8 and FP4, and on a CPU, where it dequantises; merged quantised experts would
+only load on the GPU.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -69,10 +73,30 @@ GATE_UP = "gate_up_proj"  # [E, 2I, D]: the rows of w1, then those of w3
 DOWN = "down_proj"  # [E, D, I]: w2
 
 _OFFICIAL_TOP = {hf.removeprefix("model."): official for official, hf in _TOP.items()}
-_OFFICIAL_LAYER = {hf: official for official, hf in _LAYER.items()}
+
+
+def _mixtures(official: str, hf: str) -> Iterator[str]:
+    """Spellings of a name below its layer, whose first part is official."""
+    hf = _official_module(hf)
+    for folder, leaf in product((_parts(official)[0], _parts(hf)[0]), (_parts(official)[1], _parts(hf)[1])):
+        yield folder + leaf
+
+
+def _official_module(rest: str) -> str:
+    return re.sub(r"^mlp\.", "ffn.", re.sub(r"^self_attn\.", "attn.", rest))
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """`attn.indexer.` and `wq_b.weight`."""
+    leaf = re.search(r"[^.]+(\.weight)?$", name)
+    assert leaf is not None, name
+    return name[: leaf.start()], leaf.group()
+
+
+_OFFICIAL_LAYER = {name: official for official, hf in _LAYER.items() for name in _mixtures(official, hf)}
 _OFFICIAL_LAYER["attn.norm.weight"] = "attn.kv_norm.weight"
 _LAYER_NAME = re.compile(r"(layers\.\d+\.)(.+)")
-_EXPERT_NAME = re.compile(r"(?:mlp|ffn)\.experts\.(.+)")
+_EXPERT_NAME = re.compile(r"ffn\.experts\.(.+)")
 
 
 def official_name(name: str) -> str:
@@ -92,10 +116,10 @@ def _official_weight(name: str) -> str:
     match = _LAYER_NAME.fullmatch(name)
     if match is None:
         return _OFFICIAL_TOP.get(name, name)
-    layer, rest = match.groups()
+    layer, rest = match.group(1), _official_module(match.group(2))
     expert = _EXPERT_NAME.fullmatch(rest)
     if expert is None:
-        return layer + _OFFICIAL_LAYER.get(rest, rest)
+        return layer + _OFFICIAL_LAYER.get(rest, match.group(2))
     parts = expert.group(1).split(".")
     if len(parts) == 3:  # 7.gate_proj.weight
         parts[1] = _EXPERT.get(parts[1], parts[1])

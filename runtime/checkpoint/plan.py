@@ -56,11 +56,13 @@ class Item:
 class Plan:
     """Every weight of `config` with its source.
 
-    `skipped` are the stored tensors Weft has no use for, `notices` what a user should know of that.
+    `files` are all files of the checkpoint, `skipped` the stored tensors Weft has no use for, and
+    `notices` says what a user should know of that.
     """
 
     config: ModelConfig
     layout: Layout
+    files: tuple[str, ...]
     items: tuple[Item, ...]
     skipped: tuple[str, ...]
     notices: tuple[str, ...]
@@ -87,7 +89,7 @@ def make_plan(config: ModelConfig, headers: Headers, where: str, *, drafts: bool
     if matcher.problems:
         raise CheckpointError(_message(where, len(headers.files), layout, matcher.problems))
     found = tuple(item for item in items if item)
-    return Plan(config, layout, found, skipped, _notices(config, len(skipped)))
+    return Plan(config, layout, tuple(headers.files), found, skipped, _notices(config, len(skipped)))
 
 
 def _without_mtp(config: ModelConfig) -> ModelConfig:

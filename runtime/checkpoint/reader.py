@@ -25,20 +25,23 @@ from weft.runtime.errors import CheckpointError
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in total, name of the file just read
 
+_FILES_OPEN = 4  # by tensors on demand: merged experts and scales may alternate between files
+
 
 class Checkpoint:
     """A checkpoint on disk whose headers were checked against the config; no weight is read yet.
 
     `config` is that of config.json, without MTP block if the files are Hugging Face's and hold
-    none. `layout` says how the tensors are named, `nbytes` how much `load` will read, `items` where
-    each weight is stored, `skipped` which stored tensors have no use here (the draft stages of
-    V4-Flash-0731), and `notices` what the user should be told about that.
+    none. `layout` says how the tensors are named, `files` which files hold them, `nbytes` how much
+    `load` will read, `items` where each weight is stored, `skipped` which stored tensors have no use
+    here (the draft stages of V4-Flash-0731), and `notices` what the user should be told about that.
     """
 
     def __init__(self, path: Path, plan: Plan) -> None:
         self.path = path
         self.config: ModelConfig = plan.config
         self.layout: Layout = plan.layout
+        self.files: tuple[str, ...] = plan.files
         self.skipped: tuple[str, ...] = plan.skipped
         self.notices: tuple[str, ...] = plan.notices
         self.items: tuple[Item, ...] = plan.items
@@ -70,7 +73,7 @@ class Checkpoint:
         assert dtype in (torch.float32, torch.bfloat16), dtype
         done = 0
         for file, items in self._by_file.items():
-            scales = self.read_foreign_scales(file, items)
+            scales = self._read_foreign_scales(file, items)
             with _open(self.path / file) as shard:
                 for item in items:
                     yield item.weight.name, _read(shard, item, scales, dtype)
@@ -83,7 +86,7 @@ class Checkpoint:
         assert dtype in (torch.float32, torch.bfloat16), dtype
         return _OnDemand(self, dtype)
 
-    def read_foreign_scales(self, file: str, items: list[Item]) -> dict[str, Tensor]:
+    def _read_foreign_scales(self, file: str, items: list[Item]) -> dict[str, Tensor]:
         """Scales that live in another file than their matrix, by official weight name."""
         elsewhere: dict[str, list[Item]] = defaultdict(list)
         for item in items:
@@ -99,25 +102,37 @@ class Checkpoint:
 
 
 class _OnDemand(Mapping[str, Tensor]):
-    """Opens a file for each tensor: a millisecond beside the reading of a matrix."""
+    """Keeps the files used last open: opening one takes longer than reading a small matrix."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-        self._checkpoint = checkpoint
+        self._path = checkpoint.path
         self._dtype = dtype
         self._items = {item.weight.name: item for item in checkpoint.items}
+        self._shards: dict[str, Any] = {}  # file -> open shard, the one used last at the end
 
     def __getitem__(self, name: str) -> Tensor:
         item = self._items[name]
-        file = item.stored.file
-        scales = self._checkpoint.read_foreign_scales(file, [item])
-        with _open(self._checkpoint.path / file) as shard:
-            return _read(shard, item, scales, self._dtype)
+        file, scales = item.stored.file, {}
+        if item.scale is not None and item.scale.file != file:
+            with _naming(self._path / item.scale.file):
+                scales[name] = self._shard(item.scale.file).get_tensor(item.scale.spec.name)
+        with _naming(self._path / file):
+            return _read(self._shard(file), item, scales, self._dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._items)
 
     def __len__(self) -> int:
         return len(self._items)
+
+    def _shard(self, file: str) -> Any:
+        shard = self._shards.pop(file, None)
+        if shard is None:
+            if len(self._shards) == _FILES_OPEN:
+                del self._shards[next(iter(self._shards))]
+            shard = safe_open(self._path / file, framework="pt")
+        self._shards[file] = shard
+        return shard
 
 
 def load_weights(
@@ -139,9 +154,15 @@ def runtime_dtype(weight: Weight, dtype: torch.dtype) -> torch.dtype:
 
 @contextmanager
 def _open(path: Path) -> Iterator[Any]:
+    with _naming(path), safe_open(path, framework="pt") as shard:
+        yield shard
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors of the file system or the format become `CheckpointError` with `path`."""
     try:
-        with safe_open(path, framework="pt") as shard:
-            yield shard
+        yield
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 

@@ -88,8 +88,8 @@ def write_weights(
     """Write the shards and the index of `order` to `folder`, which holds config.json already.
 
     Each tensor is encoded in its weight's storage and saved under `rename` of its official name. A
-    shard holds whole weights (with their scales) of at most `max_shard_bytes`, or one larger weight;
-    no more than that is kept in memory.
+    shard holds whole weights (with their scales) of at most `max_shard_bytes`, or one larger weight,
+    and is what is in memory at a time.
     """
     assert set(tensors) == {weight.name for weight in order}, "weights do not fit config"
     shards = list(_shards(order, max_shard_bytes))

@@ -36,6 +36,22 @@ class Tokenizer:
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of text from outside: the spelling of a special token is characters like any others."""
+        ids = self.encode(text)
+        if self._specials.keys().isdisjoint(ids):
+            return ids
+        # The library's own switch for this leaves out added tokens that are not flagged special, so its stages
+        # are run here, without the one that looks for added tokens.
+        if self._backend.normalizer is not None:
+            text = self._backend.normalizer.normalize_str(text)
+        split = self._backend.pre_tokenizer
+        pieces = [piece for piece, _ in split.pre_tokenize_str(text)] if split is not None else [text]
+        ids = [token.id for piece in pieces for token in self._backend.model.tokenize(piece)]
+        if not self._specials.keys().isdisjoint(ids):
+            raise CheckpointError("tokenizer.json: its merges build special tokens out of plain text")
+        return ids
+
     def decode(self, ids: list[int]) -> str:
         """Text of the tokens, specials spelled out; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(map(self.token_bytes, ids)).decode(errors="replace")

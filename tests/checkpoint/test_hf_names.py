@@ -184,7 +184,15 @@ def test_official_names_stay(config: ModelConfig) -> None:
             "model.layers.2.self_attn.compressor.indexer.q_b_proj.weight_scale_inv",
             "layers.2.attn.indexer.wq_b.scale",
         ),
+        # What transformers saves of a model that it loaded from its own names.
+        ("model.layers.1.attn.compressor.indexer.wkv.weight", "layers.1.attn.indexer.compressor.wkv.weight"),
+        ("model.layers.1.attn.compressor.indexer.norm.weight", "layers.1.attn.indexer.compressor.norm.weight"),
+        ("model.layers.1.attn.compressor.indexer.q_b_proj.weight", "layers.1.attn.indexer.wq_b.weight"),
+        ("model.layers.1.attn.compressor.indexer.position_bias", "layers.1.attn.indexer.compressor.ape"),
+        ("model.layers.1.attn.compressor.gate_proj.weight", "layers.1.attn.compressor.wgate.weight"),
+        ("model.layers.1.attn.norm.weight", "layers.1.attn.kv_norm.weight"),
         ("model.what.is.this", "what.is.this"),
+        ("model.layers.1.self_attn.unheard", "layers.1.self_attn.unheard"),
         ("model.layers.0.mlp.experts.1.2.3.4", "layers.0.ffn.experts.1.2.3.4"),
     ],
 )

@@ -82,15 +82,6 @@ def test_grids_of_odd_sizes_round_up(config: ModelConfig) -> None:
     assert found["layers.0.ffn.experts.0.w2.scale"] == (128, 5)
 
 
-def test_draft_stages_of_the_refresh_are_not_described() -> None:
-    refresh = dataclasses.replace(preset("flash"), dspark_block_size=5)
-    specs = list(tensor_specs(refresh))
-    # 72,317 tensors are published; three stages without e_proj and h_proj, plus ten tensors.
-    stages = 3 * (1575 - 2 * 2 - 3 - 3) + 10
-    assert len(specs) + stages == 72_317
-    assert not any(spec.name.startswith("mtp.") for spec in specs)
-
-
 def test_what_stays_in_float32(config: ModelConfig) -> None:
     low = {w.name.rsplit(".", 2)[-2] for w in weights(config) if not w.is_float32}
     assert low == {

@@ -119,22 +119,12 @@ def test_float32_scales(folder: Path) -> None:
 # -- MTP ---------------------------------------------------------------------------------------
 
 
-def test_draft_stages_are_skipped(folder: Path, config: ModelConfig) -> None:
-    tensors = stored(folder)
-    stages = {"mtp.0.main_proj.weight": torch.zeros(3), "mtp.2.norm.weight": torch.zeros(2)}
-    backbone = {name: t for name, t in tensors.items() if not name.startswith("mtp.")}
-    rewrite(folder, backbone | stages)
-    refresh = dataclasses.replace(config, dspark_block_size=5)
-    checkpoint = Checkpoint.open(folder, refresh)
-    assert checkpoint.skipped == ("mtp.0.main_proj.weight", "mtp.2.norm.weight")
-    names = {name for name, _ in checkpoint.load(torch.float32)}
-    assert names == {weight.name for weight in weights(refresh)}
-
-
 def test_mtp_can_be_left_out(folder: Path, config: ModelConfig) -> None:
     without = dataclasses.replace(config, num_nextn_predict_layers=0)
     checkpoint = Checkpoint.open(folder, without)
     assert checkpoint.skipped and all(name.startswith("mtp.0.") for name in checkpoint.skipped)
+    count = len(checkpoint.skipped)
+    assert checkpoint.notices == (f"no MTP block in the config: no speculation ({count} tensors under mtp.*)",)
     loaded = load_weights(folder, torch.float32)
     for name, tensor in checkpoint.load(torch.float32):
         assert torch.equal(tensor, loaded.pop(name))

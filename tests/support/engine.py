@@ -19,20 +19,23 @@ import torch
 from torch import Tensor
 
 from support.run import run
-from weft.runtime.cache.pools import Pools, PoolSizes
+from weft.runtime.cache.capacity import PoolSizes
+from weft.runtime.cache.pools import Pools
 from weft.runtime.checkpoint.dummy import dummy_weights
 from weft.runtime.config import ModelConfig, preset
 from weft.runtime.decoding.params import SamplingParams
 from weft.runtime.decoding.sampler import Draw, sample
-from weft.runtime.engine.core import CoreLimits
-from weft.runtime.engine.front import Engine, EngineConfig
+from weft.runtime.engine.config import CoreLimits, EngineConfig
+from weft.runtime.engine.core import Core
+from weft.runtime.engine.front import Engine
+from weft.runtime.engine.link import ThreadLink
 from weft.runtime.model.batch import Batch
 from weft.runtime.model.model import Model
 from weft.runtime.text.tokenizer import Tokenizer, byte_tokenizer_json
 
 T = TypeVar("T")
 
-SECONDS = 60.0  # after which a wait has failed
+SECONDS = 30.0  # after which a wait has failed
 VOCABULARY = 272  # the byte tokenizer defines 265 of them
 EOS = 1
 
@@ -94,7 +97,8 @@ def drawn_again(prompt: Sequence[int], output: Sequence[int], params: SamplingPa
         blocked = list(range(byte_tokenizer().size, VOCABULARY))
         if i < params.min_tokens:
             blocked += [*params.stop_token_ids, *([] if params.ignore_eos else [EOS])]
-        draws.append(Draw(params, params.seed or 0, len(prompt) + i, blocked, dict(counts)))
+        history = [*prompt, *output[:i]]
+        draws.append(Draw(params, params.seed or 0, len(history), blocked, dict(counts), history))
         counts[token] = counts.get(token, 0) + 1
     return sample(logits, draws)
 
@@ -103,12 +107,16 @@ def drawn_again(prompt: Sequence[int], output: Sequence[int], params: SamplingPa
 
 
 class Gate:
-    """A model whose steps wait while the gate is shut; it also notes the tokens of each step."""
+    """A model whose steps wait while the gate is shut; it also notes the tokens of each step.
+
+    fault: raised by the next step, once.
+    """
 
     def __init__(self, model: Model | None = None) -> None:
         self._model = model or small_model()
         self.config, self.dtype = self._model.config, self._model.dtype
         self.steps: list[int] = []
+        self.fault: BaseException | None = None
         self._open = threading.Event()
         self._open.set()
 
@@ -121,6 +129,9 @@ class Gate:
     def forward(self, ids: Tensor, batch: Batch) -> Tensor:
         self.steps.append(len(ids))
         assert self._open.wait(SECONDS), "the gate was left shut"
+        if self.fault is not None:
+            fault, self.fault = self.fault, None
+            raise fault
         return self._model.forward(ids, batch)
 
     def logits(self, streams: Tensor) -> Tensor:
@@ -129,17 +140,23 @@ class Gate:
 
 @contextmanager
 def running(
-    model: Model | Gate | None = None, *, chunk: int = 64, queue: int = 64, leaks: bool = False, **pools: int
+    model: Model | Gate | None = None,
+    *,
+    chunk: int = 64,
+    queue: int = 64,
+    restarts: int = 0,
+    leaks: bool = False,
+    **pools: int,
 ) -> Iterator[Engine]:
     """An engine, closed at the end, after everything is free again (unless `leaks`)."""
     sizes = PoolSizes(**({"tokens": 8192, "slots": 40, "context": 1024, "burst": 512, "page": 16} | pools))
-    config = EngineConfig(pools=sizes, limits=CoreLimits(chunk=chunk, queue=queue))
+    config = EngineConfig(pools=sizes, limits=CoreLimits(chunk=chunk, queue=queue, restarts=restarts))
     engine = Engine(model or small_model(), byte_tokenizer(), config)  # type: ignore[arg-type]
     try:
         yield engine
         if not leaks:
-            wait_for(lambda: is_idle(engine) and free(engine._core.pools), seconds=10)
-            engine._core.pools.check()
+            wait_for(lambda: is_idle(engine) and free(core_of(engine).pools), seconds=10)
+            core_of(engine).pools.check()
     finally:
         stop(engine)
 
@@ -151,10 +168,20 @@ def stop(engine: Engine) -> None:
     assert not closing.is_alive(), "close hangs"
 
 
+def link_of(engine: Engine) -> ThreadLink:
+    assert isinstance(engine._link, ThreadLink)
+    return engine._link
+
+
+def core_of(engine: Engine) -> Core:
+    """Owned by another thread: for looking at only."""
+    return link_of(engine).core
+
+
 def is_idle(engine: Engine) -> bool:
     """No call, no sequence, and no message that could make one."""
-    core = engine._core
-    return not core.calls and not core.sequences and engine._inbox.empty() and not engine._calls
+    core = core_of(engine)
+    return not core.calls and not core.sequences and link_of(engine).inbox.empty() and not engine._calls
 
 
 def free(pools: Pools) -> bool:

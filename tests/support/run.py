@@ -15,7 +15,11 @@ from weft.runtime.model.model import Model
 
 
 def pools_for(
-    model: Model, sequences: Sequence[Sequence[int]], page: int = 16, kv: KvFormat = "model", index: IndexFormat = "model"
+    model: Model,
+    sequences: Sequence[Sequence[int]],
+    page: int = 16,
+    kv: KvFormat = "model",
+    index: IndexFormat = "model",
 ) -> Pools:
     total = sum(len(s) for s in sequences)
     longest = max(len(s) for s in sequences)
