@@ -167,10 +167,10 @@ class ModelConfig:
         """Read `path`/config.json (or the file itself)."""
         file = path / "config.json" if path.is_dir() else path
         try:
-            raw = json.loads(file.read_text())
+            raw = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ConfigError("config", str(file), "file not found") from None
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ConfigError("config", str(file), f"not JSON: {error}") from error
         if not isinstance(raw, dict):
             raise ConfigError("config", str(file), "not a JSON object")

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
             console.print(
                 f"preset tiny, random weights (seed {args.seed}): FP8/FP4 checkpoint written in "
                 f"{written - started:.1f} s, loaded in {loaded - written:.1f} s, "
-                f"{engine.capacity.total / 2**20:.0f} MiB of KV pools"
+                f"{engine.capacity.line()}"
             )
             backend = DeepSeekV4Backend(engine)
             state = load_program(_PROGRAM).run(topic="a loom", backend=backend)

@@ -55,7 +55,9 @@ def _row(result: m.Logprob, tokenizer: Tokenizer) -> str:
 
 def load_engine(args: argparse.Namespace) -> Engine:
     config = EngineConfig(dtype=args.dtype, quant_sim=args.quant_sim)
-    return Engine.load(Path(args.model), config, _show_progress)
+    engine = Engine.load(Path(args.model), config, _show_progress)
+    print(engine.capacity.line(), file=sys.stderr)
+    return engine
 
 
 def sampling_params(

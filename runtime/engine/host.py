@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -21,12 +22,15 @@ from weft.runtime.model.weights import Draining
 from weft.runtime.text.tokenizer import Tokenizer
 
 Progress = Callable[[int, int, str], None]
+_log = logging.getLogger("weft")
 
 
 def load_model(path: Path, config: EngineConfig, progress: Progress | None = None) -> Model:
     """Read a checkpoint; its tensors are let go one by one as the model takes them."""
     dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
     checkpoint = Checkpoint.open(path)
+    for notice in checkpoint.notices:
+        _log.warning("%s: %s", path, notice)
     weights = Draining(dict(checkpoint.load(dtype, progress)))
     return Model(
         checkpoint.config, weights, dtype=dtype, quant_sim=config.quant_sim, deterministic=config.deterministic
