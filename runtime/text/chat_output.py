@@ -103,8 +103,7 @@ class ReplyParser:
         end = recipe.InferenceFinishReason.Stop if reason == "stop" else recipe.InferenceFinishReason.Length
         events = [*self._stream.push(recipe.InferenceChunk.finish(end)), *self._stream.finish()]
         delta = self._delta(events)
-        count = self._closed.count if self._closed is not None else 0
-        calls = [call.done(closed=i < count) for i, call in enumerate(self._calls)]
+        calls = [call.done() for call in self._calls]
         complete = all(call.complete for call in calls)
         reply = Reply(
             reasoning="".join(self._reasoning) if self._form.thinking else None,
@@ -158,9 +157,10 @@ class _Call:
         self.shown.append(held)
         return CallDelta(index, held)
 
-    def done(self, closed: bool) -> ToolCall:
+    def done(self) -> ToolCall:
+        """If the call was not closed, its last brace was never freed, and its arguments are no object."""
         arguments = "".join(self.shown)
-        return ToolCall(self.id, self.name, arguments, closed and _is_object(arguments))
+        return ToolCall(self.id, self.name, arguments, _is_object(arguments))
 
 
 _State = Literal["content", "calls", "call", "parameter", "after", "broken"]

@@ -98,7 +98,8 @@ def test_end_of_sentence_inside_of_a_character() -> None:
         assert tokens_before(state, "after") == before
 
 
-def test_babble_goes_on_with_its_tokens() -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_babble_goes_on_with_its_tokens(stream: bool) -> None:
     """Random weights say much that is not UTF-8."""
 
     @sgl.function
@@ -110,12 +111,14 @@ def test_babble_goes_on_with_its_tokens() -> None:
         s += "#" + sgl.gen("after", **NAMING)
 
     with rig() as own:
-        state = guarded(lambda: own.run(program))
+        state = program.run(backend=own.backend, stream=stream)
+        text = guarded(lambda: "".join(state.text_iter()))
         first = own.complete("Speak! ", max_tokens=20, ignore_eos=True)
         assert ODD in first.text
         tokens = [*own.prompt("Speak! "), *first.tokens, *own.engine.tokenizer.encode(" Go on: ")]
         second = own.complete(tokens, max_tokens=20, ignore_eos=True)
         assert (state["x"], state["y"]) == (first.text, second.text)
+        assert text == f"Speak! {first.text} Go on: {second.text}#{state['after']}"
         assert tokens_before(state, "after") == [*tokens, *second.tokens, FIRST_BYTE + ord("#")]
 
 

@@ -60,7 +60,7 @@ MISTYPED: dict[str, list[Any]] = {
     "seed": [1.5, "1", 2**64],
     "logprobs": [1.5, True, "1"],
     "stop": ["abc", None, (1,)],
-    "stop_token_ids": [5, ("5",), (1.5,), (2**63,)],
+    "stop_token_ids": [5, ("5",), (1.5,)],
     "stop_regex": ["abc", None, (1,)],
     "ignore_eos": [None, "yes"],
 }

@@ -96,9 +96,9 @@ def test_filters_keep_what_numpy_keeps(
 
 @pytest.mark.parametrize("filters", [{"top_k": 3}, {"top_p": 0.5}, {"top_k": 5, "top_p": 0.4}])
 def test_ties_at_the_cut_keep_the_lower_ids(filters: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    logits = torch.tensor([1.0, 2.0, 2.0, 2.0, 1.0, 2.0, 0.0, 2.0])
     params = SamplingParams(**filters)
-    assert survivors(logits, params, monkeypatch) == kept(logits.numpy(), params)
+    for logits in (torch.tensor([1.0, 2, 2, 2, 1, 2, 0, 2]), torch.randint(0, 3, (300,)).float()):
+        assert survivors(logits, params, monkeypatch) == kept(logits.numpy(), params)
 
 
 @pytest.mark.parametrize("filters", [f for f in FILTERS if f != {"top_p": 1e-9}])

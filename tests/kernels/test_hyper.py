@@ -102,6 +102,21 @@ def test_mixer_is_close(streams: int, width: int, dtype: torch.dtype) -> None:
     assert_within(got.comb, comb, sinkhorn_bound(streams, spread, float(error.max())) * comb)
 
 
+def test_gates_of_a_mixer_that_reads_nothing() -> None:
+    """Without a product to blur them the gates are exact enough to tell which of them hc_eps is added to."""
+    base = torch.linspace(-30, 5, 24)
+    module = Mixer(
+        Linear(torch.zeros(24, 8)), base, torch.ones(3), streams=4, iterations=2, hc_eps=EPS, norm_eps=EPS
+    )
+    gates = base.double().sigmoid()
+    got = module(torch.randn(1, 4, 2))
+    assert_within(got.pre[0], gates[:4] + EPS, 8 * U32 * (gates[:4] + EPS))
+    assert_within(got.post[0], gates[4:8] * 2, 8 * U32 * gates[4:8] * 2)
+    head = HeadMixer(Linear(torch.zeros(4, 8)), base[:4], torch.ones(1), hc_eps=EPS, norm_eps=EPS)
+    exact = (gates[:4] + EPS).sum().expand(1, 2)
+    assert_within(head(torch.ones(1, 4, 2)), exact, 16 * U32 * exact)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("streams", "width"), SHAPES)
 def test_gather_and_spread_are_close(streams: int, width: int, dtype: torch.dtype) -> None:

@@ -167,6 +167,7 @@ def test_no_rows(dtype: torch.dtype) -> None:
 def test_input_is_cast_to_the_dtype_of_the_weight() -> None:
     weight, x = draw(24, 33, torch.float32, rows=5)
     assert same_bits(Linear(weight)(x.bfloat16()), Linear(weight)(x.bfloat16().float()))
+    assert same_bits(Linear(weight)(x.half()), Linear(weight)(x.half().float()))
     narrow = weight.bfloat16()
     assert same_bits(Linear(narrow)(x), Linear(narrow)(x.bfloat16()))
 

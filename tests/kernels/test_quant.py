@@ -106,6 +106,9 @@ def unlike_rows(rows: int, width: int) -> Tensor:
     for i, top in enumerate(edge):
         x[2 + i] = torch.randn(width).clamp(-3, 3) / 4 * top
         x[2 + i, i % width] = top
+    for i, top in enumerate((3e-5, 9e-5, 1e-4, 1.1e-4, 2e-4, 9e-4), start=2 + len(edge)):
+        x[i] = torch.rand(width) * top  # FP8 scales stop shrinking at 1e-4
+        x[i, i % width] = top
     return x
 
 

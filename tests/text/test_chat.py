@@ -170,6 +170,10 @@ def test_response_formats() -> None:
         f"{BOS}S\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
         f'{{"type": "object", "properties": {{"ü": {{"type": "string"}}}}}}{USER}Hi{ASSISTANT}</think>'
     )
+    assert f'"ü": {{"type": "string"}}}}}}{USER}Hi{ASSISTANT}<think>' in shown(
+        [user("Hi")], thinking=True, response_format=wanted
+    )
+    assert "JSON object ONLY" in shown([user("json")], thinking=True, response_format={"type": "json_object"})
     assert shown([user("json")], response_format={"type": "json_object"}) == (
         f"{BOS}\n\nYou are a helpful assistant designed to output JSON.\n## Response Format:\n\n"
         f"Reply with JSON object ONLY.{USER}json{ASSISTANT}</think>"
