@@ -44,6 +44,14 @@ class Histories:
         self._used(entry)
         return text[:length], entry
 
+    def nearest_held(self, text: str, tokens: list[int]) -> History | None:
+        """The longest history with KV that is a beginning of this text and of its tokens."""
+        for _, entry in self._texts.prefixes(text):
+            if entry.sequence is not None and entry.tokens == tokens[: len(entry.tokens)]:
+                self._used(entry)
+                return entry
+        return None
+
     def put(self, text: str, tokens: list[int], sequence: Sequence | None) -> None:
         """Remember. A text keeps the tokens it was first given; later KV for the same tokens may replace none."""
         entry = self._texts.get(text)

@@ -31,10 +31,11 @@ from weft.runtime.decoding.params import SamplingParams
 from weft.runtime.engine import messages as m
 from weft.runtime.engine.front import Engine
 from weft.runtime.engine.handle import Sequence
-from weft.runtime.errors import EngineDead, Overloaded, RequestError, UnsupportedError
+from weft.runtime.errors import Cancelled, EngineDead, Overloaded, RequestError, UnsupportedError
 
 T = TypeVar("T")
 _GREEDY = 1e-5
+_ATTEMPTS = 16
 
 
 class DeepSeekV4Backend(BaseBackend):
@@ -160,31 +161,33 @@ class DeepSeekV4Backend(BaseBackend):
             encoded = self.engine.tokenizer.encode(text)
             bos = self.engine.tokenizer.bos
             tokens = encoded if encoded[:1] == [bos] else [bos, *encoded]
-            base = self.engine.open(tokens)
         else:
             prefix, known = found
-            rest = self.engine.tokenizer.encode(text[len(prefix) :])
-            tokens = known.tokens + rest
-            if known.sequence is None:
-                base = self.engine.open(tokens)
-            elif not rest:
-                return (await known.sequence.fork())[0], tokens
-            else:
-                base = (await known.sequence.fork())[0]
-                base.extend(rest)
+            tokens = known.tokens + self.engine.tokenizer.encode(text[len(prefix) :])
+        held = self._histories.nearest_held(text, tokens)
+        if held is None or held.sequence is None:
+            base = self.engine.open(tokens)
+        else:
+            base = (await held.sequence.fork())[0]
+            if len(held.tokens) == len(tokens):
+                return base, tokens
+            base.extend(tokens[len(held.tokens) :])
         # Remembered before it is computed: siblings that come now wait for it instead of computing it again.
         self._histories.put(text, tokens, base)
         return (await base.fork())[0], tokens
 
     async def _with_room(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """Held histories are the first to go when KV memory runs out, and all go with a core that died: their
-        tokens are known, so the attempt after that computes them again."""
-        while True:
+        tokens are known, so a later attempt computes them again."""
+        for _ in range(_ATTEMPTS):
             try:
                 return await attempt()
+            except Cancelled:
+                continue  # another call, short of memory, let go of the history this one was waiting for
             except (Overloaded, EngineDead) as error:
                 if not self._histories.release(0.5 if isinstance(error, Overloaded) else 1.0):
                     raise
+        return await attempt()
 
     async def _generate(self, request: _Request) -> list[tuple[str, dict[str, Any]]]:
         sequence, tokens = await self._continue(request.text)

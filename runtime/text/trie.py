@@ -13,7 +13,7 @@ class TextTrie(Generic[V]):
     """Texts with a value each, at most `limit` of them; beyond it the least recently used falls out.
 
     Every operation takes time linear in the text it is given, however many texts are held and however they share
-    beginnings, and shared beginnings are stored once. `put` and `longest_prefix` count as use, `get` does not.
+    beginnings, and shared beginnings are stored once. `put` and `longest_prefix` count as use.
     """
 
     def __init__(self, limit: int) -> None:
@@ -36,15 +36,14 @@ class TextTrie(Generic[V]):
 
     def longest_prefix(self, text: str) -> tuple[int, V] | None:
         """The longest text held that `text` begins with: its length, and its value."""
-        node: _Node[V] | None
-        node, length = self._deepest(text)
-        while node is not None and node not in self._used:
-            length -= len(node.label)
-            node = node.parent
-        if node is None:
-            return None
-        self._used.move_to_end(node)
-        return length, self._used[node]
+        for length, node in self._path(text):
+            self._used.move_to_end(node)
+            return length, self._used[node]
+        return None
+
+    def prefixes(self, text: str) -> Iterator[tuple[int, V]]:
+        """Every text held that `text` begins with, longest first; none counts as used."""
+        return ((length, self._used[node]) for length, node in self._path(text))
 
     def put(self, text: str, value: V) -> list[V]:
         """Set the value of a text; returns what fell out, for its owner to release."""
@@ -67,6 +66,16 @@ class TextTrie(Generic[V]):
         value = self._used.pop(node)
         self._prune(node)
         return value
+
+    def _path(self, text: str) -> Iterator[tuple[int, _Node[V]]]:
+        """Nodes with a value on the way of `text`, deepest first."""
+        node: _Node[V] | None
+        node, length = self._deepest(text)
+        while node is not None:
+            if node in self._used:
+                yield length, node
+            length -= len(node.label)
+            node = node.parent
 
     def _deepest(self, text: str) -> tuple[_Node[V], int]:
         """The last node whose whole label lies on the way of `text`, and the characters up to its end."""
