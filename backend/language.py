@@ -9,25 +9,16 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-import time
-import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 from sglang.lang.backend.base_backend import BaseBackend
 from sglang.lang.choices import ChoicesDecision, ChoicesSamplingMethod
 
-from weft.backend.convert import (
-    count_of,
-    finish_reason,
-    plain_int,
-    sampling_params,
-    token_entry,
-    top_entries,
-)
+from weft.backend.convert import token_entry
 from weft.backend.histories import Histories
+from weft.backend.request import Report, Request, refuse_images
 from weft.backend.template import DeepSeekV4Template
-from weft.runtime.decoding.params import SamplingParams
 from weft.runtime.engine import messages as m
 from weft.runtime.engine.front import Engine
 from weft.runtime.engine.handle import Sequence
@@ -58,7 +49,7 @@ class DeepSeekV4Backend(BaseBackend):
 
     def generate(self, s: Any, sampling_params: Any) -> tuple[str | list[str], Any]:
         """One completion (a list for n > 1) and its meta information."""
-        request = _Request(s, sampling_params)
+        request = Request(s, sampling_params)
         results = self._wait(self._generate(request))
         if request.count == 1:
             return results[0]
@@ -66,7 +57,7 @@ class DeepSeekV4Backend(BaseBackend):
 
     def generate_stream(self, s: Any, sampling_params: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         """Pieces of one completion as they are made. Leaving the iteration cancels the rest."""
-        request = _Request(s, sampling_params)
+        request = Request(s, sampling_params)
         if request.count != 1:
             raise UnsupportedError("n", request.count, "only one completion can be streamed")
         pieces: queue.SimpleQueue[tuple[str, dict[str, Any]] | BaseException | None] = queue.SimpleQueue()
@@ -88,7 +79,7 @@ class DeepSeekV4Backend(BaseBackend):
         choices_method: ChoicesSamplingMethod | None = None,
     ) -> ChoicesDecision:
         """Score every choice after the text so far, and let `choices_method` decide."""
-        _refuse_images(s)
+        refuse_images(s)
         if temperature > _GREEDY:
             raise RequestError("temperature", temperature, "select scores its choices, it does not sample")
         if not choices or not all(isinstance(c, str) and c for c in choices):
@@ -101,7 +92,7 @@ class DeepSeekV4Backend(BaseBackend):
 
     def commit_lazy_operations(self, s: Any) -> None:
         """sglang is about to fork this state: compute its text once, for all children."""
-        _refuse_images(s)
+        refuse_images(s)
         self._wait(self._remember(s.text_))
 
     def concatenate_and_append(self, src_rids: list[str], dst_rid: str) -> None:
@@ -189,14 +180,14 @@ class DeepSeekV4Backend(BaseBackend):
                     raise
         return await attempt()
 
-    async def _generate(self, request: _Request) -> list[tuple[str, dict[str, Any]]]:
+    async def _generate(self, request: Request) -> list[tuple[str, dict[str, Any]]]:
         sequence, tokens = await self._continue(request.text)
         others = await sequence.fork(request.count - 1) if request.count > 1 else []
         runs = [self._complete(request, own, tokens, i == 0) for i, own in enumerate((sequence, *others))]
         return list(await asyncio.gather(*runs))
 
     async def _complete(
-        self, request: _Request, sequence: Sequence, prompt: list[int], keep: bool
+        self, request: Request, sequence: Sequence, prompt: list[int], keep: bool
     ) -> tuple[str, dict[str, Any]]:
         pieces: list[str] = []
         last: dict[str, Any] = {}
@@ -205,14 +196,14 @@ class DeepSeekV4Backend(BaseBackend):
             last = meta
         return "".join(pieces), last
 
-    async def _stream(self, request: _Request, put: Callable[[tuple[str, dict[str, Any]]], None]) -> None:
+    async def _stream(self, request: Request, put: Callable[[tuple[str, dict[str, Any]]], None]) -> None:
         sequence, tokens = await self._continue(request.text)
         async for piece, meta in self._run(request, sequence, tokens, keep=True):
             put((piece, meta))
 
-    async def _run(self, request: _Request, sequence: Sequence, prompt: list[int], keep: bool) -> Any:
+    async def _run(self, request: Request, sequence: Sequence, prompt: list[int], keep: bool) -> Any:
         """Yield (text, meta so far) per delta; the last has the complete meta. Takes over `sequence`."""
-        report = _Report(request, self.engine, len(prompt), sequence.origin)
+        report = Report(request, self.engine, len(prompt), sequence.origin)
         if request.prompt_logprobs_from is not None:
             report.prompt = await self._prompt_logprobs(prompt, request)
         tokens: list[int] = []
@@ -252,7 +243,7 @@ class DeepSeekV4Backend(BaseBackend):
             sequence.extend(rest)
         self._histories.put(before + text, prompt + kept + rest, sequence)
 
-    async def _prompt_logprobs(self, prompt: list[int], request: _Request) -> list[m.Logprob]:
+    async def _prompt_logprobs(self, prompt: list[int], request: Request) -> list[m.Logprob]:
         start = request.prompt_logprobs_from or 0
         with self.engine.open(prompt[:start]) as sequence:
             return await sequence.append_scored(prompt[start:], request.params.logprobs or 0)
@@ -285,68 +276,3 @@ class DeepSeekV4Backend(BaseBackend):
 
     def _entries(self, results: list[m.Logprob]) -> list[list[Any]]:
         return [token_entry(result, lambda id: self.engine.tokenizer.decode([id])) for result in results]
-
-
-class _Request:
-    """One generate call, read once from sglang's objects."""
-
-    def __init__(self, s: Any, p: Any) -> None:
-        self.started = time.monotonic()
-        _refuse_images(s)
-        if s.num_api_spec_tokens is not None:
-            raise UnsupportedError("num_api_spec_tokens", s.num_api_spec_tokens, "for remote chat APIs only")
-        self.text: str = s.text_
-        self.count = count_of(p)
-        self.params: SamplingParams = sampling_params(p)
-        start = plain_int(getattr(p, "logprob_start_len", None))
-        self.prompt_logprobs_from = (
-            start if self.params.logprobs is not None and start is not None and start >= 0 else None
-        )
-        self.texts_in_logprobs = getattr(p, "return_text_in_logprobs", None) is True
-
-
-class _Report:
-    """Builds sglang's meta_info while a generation runs."""
-
-    def __init__(self, request: _Request, engine: Engine, prompt_tokens: int, prefill: m.Usage) -> None:
-        self._request = request
-        self._prefill = prefill
-        self._first_token: float | None = None
-        self._text_of = (lambda id: engine.tokenizer.decode([id])) if request.texts_in_logprobs else None
-        self._id = uuid.uuid4().hex
-        self._prompt_tokens = prompt_tokens
-        self._output: list[m.Logprob] = []
-        self._generated = 0
-        self.prompt: list[m.Logprob] = []
-
-    def add(self, delta: m.Delta) -> None:
-        if self._first_token is None:
-            self._first_token = time.monotonic() - self._request.started
-        self._output += delta.logprobs
-        self._generated += len(delta.tokens)
-
-    def meta(self, done: m.Done | None = None) -> dict[str, Any]:
-        meta: dict[str, Any] = {
-            "id": self._id,
-            "finish_reason": None,
-            "prompt_tokens": self._prompt_tokens,
-            "completion_tokens": self._generated,
-            "cached_tokens": self._prefill.cached,
-        }
-        if done is not None:
-            meta["finish_reason"] = finish_reason(done)
-            meta["computed_tokens"] = self._prefill.computed + done.usage.computed
-            meta["first_token_latency"] = self._first_token
-            meta["e2e_latency"] = time.monotonic() - self._request.started
-        if self._request.params.logprobs is not None:
-            meta["output_token_logprobs"] = [token_entry(r, self._text_of) for r in self._output]
-            meta["input_token_logprobs"] = [token_entry(r, self._text_of) for r in self.prompt]
-            if self._request.params.logprobs:
-                meta["output_top_logprobs"] = [top_entries(r, self._text_of) for r in self._output]
-                meta["input_top_logprobs"] = [top_entries(r, self._text_of) for r in self.prompt]
-        return meta
-
-
-def _refuse_images(s: Any) -> None:
-    if s.images_:
-        raise UnsupportedError("image", s.images_[0][0], "DeepSeek-V4 reads text only")

@@ -1,8 +1,8 @@
 """Elementwise functions whose result does not depend on where an element lies in its tensor.
 
-`torch.sigmoid`, `silu`, `softplus` and `log1p` use other code for the last few elements than for full
-vectors, so the same number can give other bits (measured on AVX-512). `exp`, `log`, `sqrt` and arithmetic do
-not; everything here is written with those.
+`torch.sigmoid`, `silu` and `softplus` use other code for the last few elements than for full vectors, so the same
+number can give other bits (measured on AVX-512). `exp`, `log1p`, `sqrt` and arithmetic do not; everything here is
+written with those.
 """
 
 from __future__ import annotations
@@ -19,15 +19,8 @@ def sigmoid(x: Tensor) -> Tensor:
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)) without overflow, accurate also where exp(x) is tiny.
-
-    log1p(e) is log(u) * e / (u - 1) with u = fl(1 + e): the rounding errors of u cancel (Kahan).
-    """
-    e = torch.exp(-x.abs())
-    u = e + constant(1.0)
-    gap = u - constant(1.0)
-    log1p = torch.where(gap == 0, e, torch.log(u) * (e / gap))
-    return x.clamp_min(0) + log1p
+    """log(1 + exp(x)) without overflow."""
+    return x.clamp_min(0) + torch.log1p(torch.exp(-x.abs()))
 
 
 def sqrt_softplus(x: Tensor) -> Tensor:

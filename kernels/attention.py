@@ -49,6 +49,8 @@ def sparse_attention(q: Tensor, pool: Rows, keys: KeyList, sink: Tensor, scale: 
     """
     tokens, _, dim = q.shape
     assert keys.index.shape[0] == tokens
+    if tokens == 0:
+        return torch.zeros_like(q)
     block = max(1, _BLOCK_BYTES // (4 * dim * max(1, keys.index.shape[1])))
     if tokens <= block:
         return _attend(q, pool, keys.index, keys.bias, keys.tile, sink, scale)

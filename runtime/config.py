@@ -236,6 +236,7 @@ def _check_values(c: ModelConfig) -> None:
         ratios,
         "entries after the backbone must be 0",
     )
+    _require(c.head_dim % 4 == 0, "head_dim", c.head_dim, "must be a multiple of 4 (aligned KV rows)")
     rope = c.qk_rope_head_dim
     _require(rope % 2 == 0, "qk_rope_head_dim", rope, "must be even")
     _require(rope <= c.head_dim, "qk_rope_head_dim", rope, f"must not exceed head_dim {c.head_dim}")

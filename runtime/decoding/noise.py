@@ -42,7 +42,8 @@ def gumbel(keys: Tensor, width: int) -> Tensor:
     x = (x ^ _shift(x, 30)) * _signed(_MIX_1)
     x = (x ^ _shift(x, 27)) * _signed(_MIX_2)
     x = x ^ _shift(x, 31)
-    uniform = (_shift(x, 11).double() + 0.5) * 2.0**-53
+    # 52 bits and a half fit a double; 53 and a half would round to 1 at the top, and the noise be infinite.
+    uniform = (_shift(x, 12).double() + 0.5) * 2.0**-52
     return -torch.log(-torch.log(uniform))
 
 

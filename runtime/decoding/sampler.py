@@ -12,6 +12,8 @@ from weft.runtime.decoding.noise import gumbel, stream_key
 from weft.runtime.decoding.params import SamplingParams
 
 NEG_INF = float("-inf")
+# The least normal float32: as one, a lower temperature would be 0.
+_COLDEST = 2.0**-126
 
 
 @dataclass
@@ -50,8 +52,10 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
     if warm:
         rows = torch.tensor(warm)
         chosen = [draws[i] for i in warm]
-        temperature = torch.tensor([d.params.temperature for d in chosen])
-        scaled = _filter(scores[rows] / temperature[:, None], chosen)
+        temperature = torch.tensor([max(d.params.temperature, _COLDEST) for d in chosen])
+        # Differences to the best, so that dividing by next to nothing leaves it at 0 and the others at -inf.
+        best = scores[rows].amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
+        scaled = _filter((scores[rows] - best) / temperature[:, None], chosen)
         keys = torch.tensor([stream_key(d.seed, d.position) for d in chosen])
         noisy = scaled.double() + gumbel(keys, scores.shape[1])
         best = _first_argmax(scores)

@@ -49,7 +49,7 @@ def keys_of(count: int) -> Tensor:
 
 @pytest.mark.parametrize("key", [0, 1, -1, 2**63 - 1, -(2**63), 123456789])
 def test_values_are_those_of_splitmix64(key: int) -> None:
-    """Token i takes the generator's output number i + 1; its upper 53 bits make the uniform number."""
+    """Token i takes the generator's output number i + 1; its upper bits make the uniform number."""
     got = gumbel(torch.tensor([key]), 300)[0].tolist()
     for i, value in enumerate(got):
         output = finalise((key + (i + 1) * GOLDEN) & MASK)

@@ -1,0 +1,85 @@
+"""One generate call of sglang: what it asks for, and the meta information it is answered with."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Any
+
+from weft.backend.convert import (
+    count_of,
+    finish_reason,
+    plain_int,
+    sampling_params,
+    token_entry,
+    top_entries,
+)
+from weft.runtime.decoding.params import SamplingParams
+from weft.runtime.engine import messages as m
+from weft.runtime.engine.front import Engine
+from weft.runtime.errors import UnsupportedError
+
+
+class Request:
+    """One generate call, read once from sglang's objects."""
+
+    def __init__(self, s: Any, p: Any) -> None:
+        self.started = time.monotonic()
+        refuse_images(s)
+        if s.num_api_spec_tokens is not None:
+            raise UnsupportedError("num_api_spec_tokens", s.num_api_spec_tokens, "for remote chat APIs only")
+        self.text: str = s.text_
+        self.count = count_of(p)
+        self.params: SamplingParams = sampling_params(p)
+        start = plain_int(getattr(p, "logprob_start_len", None))
+        self.prompt_logprobs_from = (
+            start if self.params.logprobs is not None and start is not None and start >= 0 else None
+        )
+        self.texts_in_logprobs = getattr(p, "return_text_in_logprobs", None) is True
+
+
+class Report:
+    """Builds sglang's meta_info while a generation runs."""
+
+    def __init__(self, request: Request, engine: Engine, prompt_tokens: int, prefill: m.Usage) -> None:
+        self._request = request
+        self._prefill = prefill
+        self._first_token: float | None = None
+        self._text_of = (lambda id: engine.tokenizer.decode([id])) if request.texts_in_logprobs else None
+        self._id = uuid.uuid4().hex
+        self._prompt_tokens = prompt_tokens
+        self._output: list[m.Logprob] = []
+        self._generated = 0
+        self.prompt: list[m.Logprob] = []
+
+    def add(self, delta: m.Delta) -> None:
+        if self._first_token is None:
+            self._first_token = time.monotonic() - self._request.started
+        self._output += delta.logprobs
+        self._generated += len(delta.tokens)
+
+    def meta(self, done: m.Done | None = None) -> dict[str, Any]:
+        meta: dict[str, Any] = {
+            "id": self._id,
+            "finish_reason": None,
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": self._generated,
+            "cached_tokens": self._prefill.cached,
+        }
+        if done is not None:
+            meta["finish_reason"] = finish_reason(done)
+            meta["computed_tokens"] = self._prefill.computed + done.usage.computed
+            meta["first_token_latency"] = self._first_token
+            meta["e2e_latency"] = time.monotonic() - self._request.started
+        if self._request.params.logprobs is not None:
+            meta["output_token_logprobs"] = [token_entry(r, self._text_of) for r in self._output]
+            meta["input_token_logprobs"] = [token_entry(r, self._text_of) for r in self.prompt]
+            if self._request.params.logprobs:
+                meta["output_top_logprobs"] = [top_entries(r, self._text_of) for r in self._output]
+                meta["input_top_logprobs"] = [top_entries(r, self._text_of) for r in self.prompt]
+        return meta
+
+
+def refuse_images(s: Any) -> None:
+    if s.images_:
+        raise UnsupportedError("image", s.images_[0][0], "DeepSeek-V4 reads text only")
