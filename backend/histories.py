@@ -17,10 +17,12 @@ from weft.runtime.text.trie import TextTrie
 
 @dataclass
 class History:
-    """tokens: of the text, BOS included. sequence: holds their KV; None once it was let go."""
+    """tokens: of the text, BOS included. sequence: holds their KV; None once it was let go.
+    forking: forks of it under way, which closing it would cancel."""
 
     tokens: list[int]
     sequence: Sequence | None
+    forking: int = 0
 
 
 class Histories:
@@ -44,10 +46,10 @@ class Histories:
         self._used(entry)
         return text[:length], entry
 
-    def nearest_held(self, text: str, tokens: list[int]) -> History | None:
-        """The longest history with KV that is a beginning of this text and of its tokens."""
+    def longest_held(self, text: str, tokens: list[int]) -> History | None:
+        """The held history of the longest beginning of `text` that `tokens`, which are the text's, begin with."""
         for _, entry in self._texts.prefixes(text):
-            if entry.sequence is not None and entry.tokens == tokens[: len(entry.tokens)]:
+            if entry.sequence is not None and tokens[: len(entry.tokens)] == entry.tokens:
                 self._used(entry)
                 return entry
         return None
@@ -62,17 +64,38 @@ class Histories:
         elif sequence is not None:
             sequence.close()
         for fallen in self._texts.put(text, entry):
-            self._let_go(fallen)
+            if not fallen.forking:
+                self._let_go(fallen)
         self._used(entry)
-        while len(self._held) > self._live:
-            self._let_go(next(iter(self._held.values())))
+        self.trim(spare=entry)
+
+    async def fork(self, entry: History) -> Sequence:
+        """A sequence of the caller's own from a held one, which stays held meanwhile."""
+        assert entry.sequence is not None
+        entry.forking += 1
+        try:
+            return (await entry.sequence.fork())[0]
+        finally:
+            entry.forking -= 1
+            self.trim()
 
     def release(self, fraction: float = 1.0) -> bool:
         """Let go of the KV of the least recently used histories; False if there was none."""
-        held = list(self._held.values())
-        for entry in held[: max(1, round(len(held) * fraction))]:
+        idle = self._idle()
+        for entry in idle[: max(1, round(len(idle) * fraction))]:
             self._let_go(entry)
-        return bool(held)
+        return bool(idle)
+
+    def trim(self, live: int | None = None, spare: History | None = None) -> None:
+        """Keep to the bound, or to `live` held histories if that is less; `spare` stays."""
+        idle = self._idle()
+        bound = self._live if live is None else min(live, self._live)
+        for entry in idle[: max(0, len(idle) - bound)]:
+            if entry is not spare:
+                self._let_go(entry)
+
+    def _idle(self) -> list[History]:
+        return [entry for entry in self._held.values() if not entry.forking]
 
     def _used(self, entry: History) -> None:
         if entry.sequence is not None:

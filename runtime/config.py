@@ -11,7 +11,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
+
+import msgspec
 
 from weft.runtime.config_hf import normalise
 from weft.runtime.errors import ConfigError
@@ -193,17 +195,17 @@ def _nested(cls: type[Any], field: str, value: Any) -> Any:
     return cls(**picked)
 
 
-def _check_types(config: ModelConfig) -> None:
-    for field in dataclasses.fields(ModelConfig):
-        value = getattr(config, field.name)
-        expected = type(field.default)
-        if expected in (int, float, str, bool):
-            is_int = isinstance(value, int) and not isinstance(value, bool)
-            ok = is_int if expected is int else isinstance(value, expected)
-            if expected is float and is_int:
-                ok = True
-            if not ok:
-                raise ConfigError(field.name, value, f"must be {expected.__name__}")
+def _check_types(part: Any, prefix: str = "") -> None:
+    """Also of the nested parts; JSON's integers will do for floats."""
+    for name, hint in get_type_hints(type(part)).items():
+        value = getattr(part, name)
+        if isinstance(value, RopeScaling | Quantization):
+            _check_types(value, f"{name}.")
+            continue
+        try:
+            msgspec.convert(value, hint)
+        except msgspec.ValidationError as error:
+            raise ConfigError(prefix + name, value, str(error)) from None
 
 
 def _check_values(c: ModelConfig) -> None:
@@ -260,6 +262,12 @@ def _check_values(c: ModelConfig) -> None:
     if c.rope_scaling is not None:
         _require(c.rope_scaling.type == "yarn", "rope_scaling.type", c.rope_scaling.type, "must be yarn")
         _require(c.rope_scaling.factor >= 1, "rope_scaling.factor", c.rope_scaling.factor, "must be at least 1")
+        for name in ("original_max_position_embeddings", "beta_fast", "beta_slow"):
+            value = getattr(c.rope_scaling, name)
+            _require(value > 0, f"rope_scaling.{name}", value, "must be positive")
+    if c.quantization_config is not None:
+        method = c.quantization_config.quant_method
+        _require(method == "fp8", "quantization_config.quant_method", method, "must be fp8")
 
 
 def _require(ok: bool, field: str, value: object, reason: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from weft.runtime.errors import ConfigError
+
 _RATIO_OF_TYPE = {
     "sliding_attention": 0,
     "compressed_sparse_attention": 4,
@@ -40,6 +42,9 @@ _NOISE = frozenset(
 
 def normalise(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Published keys win; missing ones are derived from the newer spelling."""
+    for key, kind in (("layer_types", list), ("mlp_layer_types", list), ("partial_rotary_factor", float)):
+        if key in raw and not isinstance(raw[key], kind):
+            raise ConfigError(key, raw[key], f"must be {kind.__name__}")
     out = {key: value for key, value in raw.items() if key not in _NOISE}
     if "compress_ratios" not in raw and "layer_types" in raw:
         ratios = [_RATIO_OF_TYPE.get(kind, kind) for kind in raw["layer_types"]]
@@ -62,6 +67,8 @@ def _from_rope_parameters(rope: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(main, Mapping) and "rope_theta" in main:
         out["rope_theta"] = main["rope_theta"]
     if isinstance(compress, Mapping):
+        if "rope_theta" not in compress:
+            raise ConfigError("rope_parameters.compress.rope_theta", None, "missing")
         out["compress_rope_theta"] = compress["rope_theta"]
         if compress.get("rope_type") == "yarn":
             out["rope_scaling"] = {**compress, "type": "yarn"}

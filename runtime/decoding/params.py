@@ -41,6 +41,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
 
     def validate(self) -> SamplingParams:
+        for field in msgspec.structs.fields(SamplingParams):
+            value = getattr(self, field.name)
+            try:
+                msgspec.convert(value, field.type)
+            except msgspec.ValidationError as error:
+                raise RequestError(field.name, value, str(error)) from None
+            # Tensors and messages hold integers of 64 bits; stop_token_ids are compared with the vocabulary.
+            _require(type(value) is not int or abs(value) < 1 << 63, field.name, value, "too large")
         _require(self.max_tokens >= 0, "max_tokens", self.max_tokens, "must not be negative")
         _require(0 <= self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, "not in 0..max_tokens")
         _require(

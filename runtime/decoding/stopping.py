@@ -22,6 +22,7 @@ class StopWatch:
         self._longest = max((len(s) for s in self._stops), default=0)
         self._seen = ""
         self._shown = 0
+        self._early = 0
 
     @property
     def text(self) -> str:
@@ -29,13 +30,19 @@ class StopWatch:
 
     def feed(self, piece: str, *, may_stop: bool = True) -> str | None:
         """Add decoded text; return the stop that matched, if any. Then `text` ends before the match."""
-        start = max(0, len(self._seen) - self._longest + 1)
+        before = len(self._seen)
         self._seen += piece
         if not may_stop:
+            self._early = len(self._seen)
             return None
-        hits = [(at, stop) for stop in self._stops if (at := self._seen.find(stop, start)) >= 0]
+        hits = []
+        for stop in self._stops:
+            at = self._seen.find(stop, max(0, before - len(stop) + 1))
+            if at >= 0:
+                hits.append((at, stop))
         for pattern in self._patterns if piece else ():
-            match = pattern.search(self._seen)
+            # What was complete before stopping was allowed is no stop.
+            match = next((m for m in pattern.finditer(self._seen) if m.end() > self._early), None)
             if match:
                 hits.append((match.start(), match.group(0)))
         if not hits:
@@ -63,7 +70,12 @@ class StopWatch:
 
 
 def _compile(pattern: str) -> Any:
+    options = re2.Options()
+    options.log_errors = False  # the caller is told
     try:
-        return re2.compile(pattern)
+        return re2.compile(pattern, options)
+    except UnicodeEncodeError:
+        raise RequestError("stop_regex", pattern, "not Unicode text") from None
     except re2.error as error:
-        raise RequestError("stop_regex", pattern, f"not a regular expression RE2 accepts: {error}") from None
+        reason = error.args[0].decode(errors="replace")
+        raise RequestError("stop_regex", pattern, f"not a regular expression RE2 accepts: {reason}") from None

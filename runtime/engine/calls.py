@@ -96,6 +96,9 @@ class ScoreCall(Call):
         self.results: list[TokenLogprob] = []
         self._first = 0
 
+    def final_length(self) -> int:
+        return len(self.sequence.tokens) + (0 if self._taken else len(self.tokens))
+
     def _on_turn(self) -> None:
         self._first = len(self.sequence.tokens)
         self.sequence.tokens.extend(self.tokens)
@@ -105,7 +108,9 @@ class ScoreCall(Call):
         end = self.sequence.computed
         start = end - len(tokens)
         # The streams at position i predict token i + 1; the very first token has none before it.
-        targets = range(max(start, self._first, 1), min(end, self._first + len(self.tokens)))
+        # What was scored before its KV was taken away is not scored again.
+        known = max(self._first, 1) + len(self.results)
+        targets = range(max(start, known), min(end, self._first + len(self.tokens)))
         if targets:
             rows = torch.cat((previous[None], streams))[targets.start - start : targets.stop - start]
             chosen = self.sequence.tokens[targets.start : targets.stop]
@@ -133,7 +138,8 @@ class GenerateCall(Call):
         self._watch = StopWatch(params)
         self._tokens: list[int] = []
         self._counts: Counter[int] = Counter()
-        self._text_ends: list[int] = []  # characters decoded after each token
+        # Characters up to the end of the last one that each token has a byte of; the token that stops has none.
+        self._text_ends: list[int] = []
         self._decoded = 0
         self._first_token = 0.0
         eos = () if params.ignore_eos else (tokenizer.eos,)
@@ -165,12 +171,11 @@ class GenerateCall(Call):
         if self.params.logprobs is not None:
             found = [_logprob(r) for r in logprobs(logits[None], [token], [self.params.logprobs])]
         if token in self._stop_ids:
-            self._text_ends.append(self._decoded + 1)  # the token that stops is not part of the text
             self.finish_reason, self.stop = "stop", token
             return m.Delta(call=self.id, tokens=[token], text="", logprobs=found)
         piece = self._stream.feed(token)
         self._decoded += len(piece)
-        self._text_ends.append(self._decoded)
+        self._text_ends.append(self._decoded + len(self._stream.unfinished))
         self._check(self._watch.feed(piece, may_stop=len(self._tokens) >= self.params.min_tokens))
         if self.finish_reason is None and len(self._tokens) >= self.params.max_tokens:
             self.finish_reason = "length"

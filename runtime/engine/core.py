@@ -158,7 +158,7 @@ class Core:
         active = sorted(self._heads(), key=lambda call: call.id)
         work = self._schedule(active)
         if not work:
-            if active:
+            if active and not self._take_memory(active):
                 self._fail(active[-1], Overloaded("no KV memory left and no running call will free any"))
             return
         for item, rows, previous in zip(work, *self._forward(work), strict=True):
@@ -175,13 +175,34 @@ class Core:
             if count == 0:
                 continue
             state = self._state_of(call.sequence)
-            if state is None or not state.can_reserve(count):
+            if state is None:
+                continue
+            if not state.can_reserve(count):
+                if state.length == 0:  # do not sit on a slot
+                    state.close()
+                    call.sequence.state = None
                 continue
             state.reserve(count)
             work.append(Work(call, state, pending[:count]))
             if len(pending) > 1:
                 budget -= count
         return work
+
+    def _take_memory(self, active: list[Call]) -> bool:
+        """Free the KV of a sequence without calls, else of the youngest call that holds any beside an older one.
+
+        The sequence keeps its tokens, and they are computed again, to the same bits, when it has a call whose
+        turn has come. False if nothing is left to take.
+        """
+        idle = [s for s in self.sequences.values() if s.state is not None and not s.calls]
+        holders = [call.sequence for call in active if call.sequence.state is not None]
+        chosen = idle[0] if idle else holders[-1] if len(holders) > 1 else None
+        if chosen is None:
+            return False
+        assert chosen.state is not None
+        chosen.state.close()
+        chosen.state = None
+        return True
 
     def _expire(self) -> None:
         """End the calls whose deadline has passed, running or queued."""
@@ -196,9 +217,9 @@ class Core:
         for sequence in list(self.sequences.values()):
             while sequence.calls:
                 call = sequence.calls[0]
-                call.take_turn()
                 error = self._refusal(call)
                 if error is None:
+                    call.take_turn()
                     heads.append(call)
                     break
                 self._fail(call, error)

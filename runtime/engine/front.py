@@ -68,6 +68,10 @@ class Engine:
                 raise errors.ConfigError("tokenizer", None, "a model in memory needs one")
             self.model_config = source.config
             self.tokenizer = tokenizer
+        if self.tokenizer.size > self.model_config.vocab_size:
+            raise errors.CheckpointError(
+                f"the tokenizer defines {self.tokenizer.size} ids, the model {self.model_config.vocab_size}"
+            )
         self.capacity = self.config.capacity(self.model_config)
         self._link = self._connect(source, process, progress)
 
@@ -163,10 +167,13 @@ class Engine:
     def tokens(self, content: str | Seq[int]) -> list[int]:
         """Token ids of text, or the given ids once they are known to be in the vocabulary."""
         if isinstance(content, str):
-            return self.tokenizer.encode(content)
+            try:
+                return self.tokenizer.encode(content)
+            except TypeError:  # what the library says of lone surrogates
+                raise errors.RequestError("text", content, "not Unicode text") from None
         vocabulary = self.model_config.vocab_size
         for token in content:
-            if not 0 <= token < vocabulary:
+            if type(token) is not int or not 0 <= token < vocabulary:
                 raise errors.RequestError("tokens", token, f"not in a vocabulary of {vocabulary}")
         return list(content)
 

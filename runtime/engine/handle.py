@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Self
 import msgspec
 
 from weft.runtime import errors
-from weft.runtime.decoding.params import SamplingParams
+from weft.runtime.decoding.params import MAX_TOP_LOGPROBS, SamplingParams
 from weft.runtime.engine import messages as m
 
 if TYPE_CHECKING:
@@ -116,6 +116,8 @@ class Sequence:
         """Append tokens; the log-probability of each (of all but the first, if the history was empty)."""
         self._check_open()
         ids = self.engine.tokens(tokens)
+        if not 0 <= top <= MAX_TOP_LOGPROBS:
+            raise errors.RequestError("top", top, f"not in 0..{MAX_TOP_LOGPROBS}")
         at = _absolute(deadline)
         return (await self.engine.result(lambda call: m.Score(call, self.id, ids, top, at))).logprobs
 
@@ -124,8 +126,9 @@ class Sequence:
     ) -> list[list[m.Logprob]]:
         """Log-probabilities of the tokens of each continuation of this history, which stays as it is."""
         out: list[list[m.Logprob]] = []
-        for start in range(0, len(continuations), _SCORED_TOGETHER):
-            part = continuations[start : start + _SCORED_TOGETHER]
+        together = max(1, min(_SCORED_TOGETHER, self.engine.slots - 1))
+        for start in range(0, len(continuations), together):
+            part = continuations[start : start + together]
             children = await self.fork(len(part), deadline)
             try:
                 scored = (child.append_scored(c, top, deadline) for child, c in zip(children, part, strict=True))

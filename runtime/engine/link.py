@@ -80,18 +80,22 @@ class ThreadLink:
             try:
                 run_core(self.core, self._receive)
                 return
-            except Exception as error:
+            except BaseException as error:
                 if not self._replace(error):
                     return
 
-    def _replace(self, error: Exception) -> bool:
+    def _replace(self, error: BaseException) -> bool:
         """A new core, if the crash was not the last one allowed."""
         reason = EngineDead(f"the engine core stopped: {error!r}")
         reason.__cause__ = error
         self._restarts -= 1
-        final = self._restarts < 0
+        final = self._restarts < 0 or not isinstance(error, Exception)
         if not final:
-            self.core = self._make(self._on_event)
+            del self.core  # its pools go before the new ones are made
+            try:
+                self.core = self._make(self._on_event)
+            except Exception as second:
+                reason, final = EngineDead(f"{reason}, and could not be replaced: {second!r}"), True
         self._on_death(reason, final)
         return not final
 

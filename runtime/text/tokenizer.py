@@ -27,9 +27,18 @@ class Tokenizer:
         if not file.exists():
             raise CheckpointError(f"{file}: no tokenizer.json")
         try:
-            return cls(tokenizers.Tokenizer.from_file(str(file)))
+            tokenizer = cls(tokenizers.Tokenizer.from_file(str(file)))
         except Exception as error:  # the library raises bare Exception for a malformed file
             raise CheckpointError(f"{file}: not a tokenizer: {error}") from error
+        tokenizer.check()
+        return tokenizer
+
+    def check(self) -> None:
+        """Raise `CheckpointError` unless it has BOS and EOS and all its tokens are bytes."""
+        _ = self.bos, self.eos
+        for token, id in self._backend.get_vocab(with_added_tokens=True).items():
+            if id not in self._specials and not all(char in _BYTE_OF_CHAR for char in token):
+                raise CheckpointError(f"tokenizer.json: {token!r} is no token of a byte-level tokenizer")
 
     def encode(self, text: str) -> list[int]:
         """Token ids; the spelling of a special token becomes that token. Adds no BOS."""
@@ -91,6 +100,11 @@ class TextStream:
 
     def feed(self, id: int) -> str:
         return self._decoder.decode(self._tokenizer.token_bytes(id))
+
+    @property
+    def unfinished(self) -> str:
+        """What `finish` would give now: the bytes that may still become a character, shown as U+FFFD."""
+        return self._decoder.getstate()[0].decode(errors="replace")
 
     def finish(self) -> str:
         return self._decoder.decode(b"", final=True)

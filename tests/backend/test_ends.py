@@ -100,7 +100,7 @@ def test_shutdown_ends_what_is_running() -> None:
     with gated() as (gate, engine), rig(engine) as own:
         gate.shut()
         states = [ask.run(f"number {i}?", backend=own.backend) for i in range(3)]
-        wait_for(lambda: len(asyncio.all_tasks(own.backend._loop)) == 3)
+        wait_for(lambda: len(asyncio.all_tasks(own.backend._bridge._loop)) == 3)
         guarded(own.backend.shutdown)
         errors = guarded(lambda: [own.error(state) for state in states])
         assert [type(error) for error in errors] == [Cancelled] * 3

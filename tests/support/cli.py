@@ -45,8 +45,9 @@ class Cli:
             self.out, self.err = self._capsys.readouterr()
 
     def fails(self, *arguments: Any, stdin: str = "") -> str:
-        """The one line that an error leaves, behind the progress of loading."""
+        """The one line that an error leaves, the last, behind what was printed while the model was loaded."""
         assert self(*arguments, stdin=stdin) == 2
-        lines = [line for line in self.err.splitlines() if not line.startswith("  ")]
-        assert len(lines) == 1 and lines[0].startswith("weft: "), self.err
-        return lines[0].removeprefix("weft: ")
+        *before, line = self.err.splitlines()
+        notices = ("  model-", "KV memory ")
+        assert line.startswith("weft: ") and all(notice.startswith(notices) for notice in before), self.err
+        return line.removeprefix("weft: ")

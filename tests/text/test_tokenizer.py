@@ -69,6 +69,13 @@ def test_merges_are_used(merging: Tokenizer) -> None:
     assert [merging.token_bytes(id) for id in merging.encode("中")] == [b"\xe4\xb8", b"\xad"]
 
 
+@given(parts=st.lists(TEXT | st.sampled_from(SPECIALS), max_size=6))
+def test_plain_text_never_becomes_a_special(parts: list[str]) -> None:
+    text = "".join(parts)
+    ids = byte_tokenizer().encode_plain(text)
+    assert ids == [3 + byte for byte in text.encode()]
+
+
 def test_no_space_is_added_or_dropped() -> None:
     for text in (" a", "a ", "  a  b  ", "\n\ta", " "):
         assert byte_tokenizer().decode(byte_tokenizer().encode(text)) == text

@@ -44,6 +44,11 @@ class Model(RuleBasedStateMachine):
         self.model.move_to_end(key)
 
     @rule(text=TEXTS)
+    def prefixes(self, text: str) -> None:
+        held = sorted((key for key in self.model if text.startswith(key)), key=len, reverse=True)
+        assert list(self.trie.prefixes(text)) == [(len(key), self.model[key]) for key in held]
+
+    @rule(text=TEXTS)
     def get(self, text: str) -> None:
         assert self.trie.get(text) == self.model.get(text)
 

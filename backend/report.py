@@ -1,4 +1,4 @@
-"""One generate call of sglang: what it asks for, and the meta information it is answered with."""
+"""One generate call of sglang: what was asked, and the meta information that is reported back."""
 
 from __future__ import annotations
 
@@ -6,14 +6,7 @@ import time
 import uuid
 from typing import Any
 
-from weft.backend.convert import (
-    count_of,
-    finish_reason,
-    plain_int,
-    sampling_params,
-    token_entry,
-    top_entries,
-)
+from weft.backend.convert import count_of, finish_reason, plain_int, sampling_params, token_entry, top_entries
 from weft.runtime.decoding.params import SamplingParams
 from weft.runtime.engine import messages as m
 from weft.runtime.engine.front import Engine
@@ -35,6 +28,8 @@ class Request:
         self.prompt_logprobs_from = (
             start if self.params.logprobs is not None and start is not None and start >= 0 else None
         )
+        # Beside one per completion: the history's own, and one to score the prompt with.
+        self.extra_slots = 2 if self.prompt_logprobs_from is not None else 1
         self.texts_in_logprobs = getattr(p, "return_text_in_logprobs", None) is True
 
 
@@ -50,7 +45,9 @@ class Report:
         self._prompt_tokens = prompt_tokens
         self._output: list[m.Logprob] = []
         self._generated = 0
+        # Entries of the prompt's tokens; the very first token has nothing to be conditioned on.
         self.prompt: list[m.Logprob] = []
+        self.first: int | None = None
 
     def add(self, delta: m.Delta) -> None:
         if self._first_token is None:
@@ -73,11 +70,17 @@ class Report:
             meta["e2e_latency"] = time.monotonic() - self._request.started
         if self._request.params.logprobs is not None:
             meta["output_token_logprobs"] = [token_entry(r, self._text_of) for r in self._output]
-            meta["input_token_logprobs"] = [token_entry(r, self._text_of) for r in self.prompt]
+            meta["input_token_logprobs"] = self._first() + [token_entry(r, self._text_of) for r in self.prompt]
             if self._request.params.logprobs:
                 meta["output_top_logprobs"] = [top_entries(r, self._text_of) for r in self._output]
-                meta["input_top_logprobs"] = [top_entries(r, self._text_of) for r in self.prompt]
+                tops = [top_entries(r, self._text_of) for r in self.prompt]
+                meta["input_top_logprobs"] = [None] * len(self._first()) + tops
         return meta
+
+    def _first(self) -> list[list[Any]]:
+        if self.first is None:
+            return []
+        return [[None, self.first, self._text_of(self.first) if self._text_of else None]]
 
 
 def refuse_images(s: Any) -> None:
