@@ -138,8 +138,9 @@ def test_what_transformers_writes_itself(config: ModelConfig) -> None:
 
 
 def test_published_keys_win_over_newer_ones() -> None:
-    raw = newer(PRO) | FLASH
-    assert ModelConfig.from_dict(raw) == preset("flash")
+    other = newer(PRO) | {"mlp_layer_types": ["moe"] * 61, "partial_rotary_factor": 0.5, "dtype": "float32"}
+    other["rope_parameters"] = {"main": {"rope_theta": 5.0}, "compress": {"rope_theta": 6.0}}
+    assert ModelConfig.from_dict(other | FLASH) == preset("flash")
 
 
 def test_newer_rope_without_yarn() -> None:

@@ -30,7 +30,7 @@ class Call:
         # Tokens appended by the caller while this call ran; they join the history when it ends.
         self.then_extend: list[int] = []
         self.deadline: float | None = None
-        self._submitted = time.monotonic()
+        self.submitted = time.monotonic()
         self._begun: float | None = None
         self._taken = False
         self._history = 0
@@ -71,9 +71,9 @@ class Call:
             cached=self._cached,
             computed=self._computed,
             generated=generated,
-            queued=(self._begun or now) - self._submitted,
+            queued=(self._begun or now) - self.submitted,
             first_token=first_token,
-            total=now - self._submitted,
+            total=now - self.submitted,
         )
 
     def done(self) -> m.Done:
@@ -163,7 +163,7 @@ class GenerateCall(Call):
     def drawn(self, token: int, logits: Tensor) -> m.Delta | None:
         """Take the sampled token into the history; returns what may be shown of it."""
         if not self._tokens:
-            self._first_token = time.monotonic() - self._submitted
+            self._first_token = time.monotonic() - self.submitted
         self.sequence.tokens.append(token)
         self._tokens.append(token)
         self._counts[token] += 1

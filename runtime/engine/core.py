@@ -103,18 +103,18 @@ class Core:
         match message:
             case m.Truncate(call, _, length):
                 self._truncate(call, sequence, length)
-            case m.Fork(call, _, children, deadline):
-                self._submit(ForkCall(call, sequence, children), deadline)
-            case m.Score(call, _, tokens, top, deadline):
-                self._submit(ScoreCall(call, sequence, tokens, top), deadline)
-            case m.Generate(call, _, params, deadline):
+            case m.Fork(call, _, children):
+                self._submit(ForkCall(call, sequence, children), message)
+            case m.Score(call, _, tokens, top):
+                self._submit(ScoreCall(call, sequence, tokens, top), message)
+            case m.Generate(call, _, params):
                 try:
-                    self._submit(GenerateCall(call, sequence, params, self.tokenizer), deadline)
+                    self._submit(GenerateCall(call, sequence, params, self.tokenizer), message)
                 except RequestError as error:  # a stop_regex that RE2 refuses, an id the tokenizer lacks
                     self.emit(failure(call, error))
 
-    def _submit(self, call: Call, deadline: float | None) -> None:
-        call.deadline = deadline
+    def _submit(self, call: Call, message: m.Fork | m.Score | m.Generate) -> None:
+        call.deadline, call.submitted = message.deadline, message.sent
         if len(self.calls) >= self.limits.queue:
             self.emit(failure(call.id, Overloaded(f"{len(self.calls)} calls are waiting")))
             return

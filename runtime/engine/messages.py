@@ -2,11 +2,12 @@
 
 Plain data only, no tensors: the same messages serve a core in a thread and one in a process (as msgpack).
 Sequence and call ids are chosen by the front. Calls on one sequence run in the order they were sent. Deadlines
-are points of the monotonic clock.
+and `sent` are points of the monotonic clock.
 """
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import msgspec
@@ -45,6 +46,7 @@ class Fork(msgspec.Struct, frozen=True, tag=True):
     sequence: int
     children: list[int]
     deadline: float | None = None
+    sent: float = msgspec.field(default_factory=time.monotonic)
 
 
 class Generate(msgspec.Struct, frozen=True, tag=True):
@@ -54,6 +56,7 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     sequence: int
     params: SamplingParams
     deadline: float | None = None
+    sent: float = msgspec.field(default_factory=time.monotonic)
 
 
 class Score(msgspec.Struct, frozen=True, tag=True):
@@ -64,6 +67,7 @@ class Score(msgspec.Struct, frozen=True, tag=True):
     tokens: list[int]
     top: int = 0
     deadline: float | None = None
+    sent: float = msgspec.field(default_factory=time.monotonic)
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 
 from weft.backend.histories import Histories
+from weft.runtime.errors import EngineDead
 
 
 class Held:
-    """Stands for a sequence."""
+    """Stands for a sequence. Its forks end when `go` is set."""
 
     def __init__(self) -> None:
         self.closed = 0
+        self.go: asyncio.Event | None = None
 
     def close(self) -> None:
         self.closed += 1
+
+    async def fork(self) -> list[Held]:
+        if self.go is not None:
+            await self.go.wait()
+        if self.closed:
+            raise EngineDead("forked after it was closed")
+        return [Held()]
 
 
 def held(count: int) -> list[Any]:
@@ -105,3 +115,54 @@ def test_release(histories: Histories) -> None:
     assert histories.release() is False
     assert [s.closed for s in (a, b, c)] == [1, 1, 1]
     assert found(histories, "c") == ("c", [1])
+
+
+def test_the_longest_held_beginning_of_the_same_tokens(histories: Histories) -> None:
+    a, abc = held(2)
+    histories.put("a", [1], a)
+    histories.put("ab", [1, 2], None)
+    histories.put("abc", [1, 9], abc)
+    assert histories.longest_held("abcd", [1, 9, 4]) is histories.longest_prefix("abc")[1]
+    assert histories.longest_held("abcd", [1, 2, 4]) is histories.longest_prefix("a")[1]
+    assert histories.longest_held("abcd", [7]) is None
+    assert histories.longest_held("x", [1]) is None
+
+
+def test_what_is_being_forked_stays(histories: Histories) -> None:
+    """Closing it would cancel the fork; the bounds hold again once it has ended."""
+    sequences = held(5)
+
+    async def run() -> None:
+        histories.put("a", [1], sequences[0])
+        entry = histories.longest_prefix("a")[1]
+        sequences[0].go = asyncio.Event()
+        forks = [asyncio.ensure_future(histories.fork(entry)) for _ in range(2)]
+        await asyncio.sleep(0)
+        for name, sequence in zip("bcde", sequences[1:], strict=True):
+            histories.put(name, [1], sequence)
+        assert [s.closed for s in sequences] == [0, 1, 0, 0, 0]
+        assert histories.release() is True
+        assert [s.closed for s in sequences] == [0, 1, 1, 1, 1]
+        assert histories.release() is False
+        forks[1].cancel()
+        sequences[0].go.set()
+        assert isinstance(await forks[0], Held)
+        assert entry.forking == 0
+        assert histories.release() is True
+        assert sequences[0].closed == 1
+
+    asyncio.run(run())
+
+
+def test_trim_to_fewer(histories: Histories) -> None:
+    a, b, c = held(3)
+    for name, sequence in zip("abc", (a, b, c), strict=True):
+        histories.put(name, [1], sequence)
+    histories.trim(live=5)
+    assert [s.closed for s in (a, b, c)] == [0, 0, 0]
+    histories.trim(live=1)
+    assert [s.closed for s in (a, b, c)] == [1, 1, 0]
+    histories.trim(live=0, spare=histories.longest_prefix("c")[1])
+    assert c.closed == 0
+    histories.trim(live=0)
+    assert c.closed == 1

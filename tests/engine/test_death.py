@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import threading
+import weakref
 from typing import Any
 
 import pytest
 
-from support.engine import Gate, drawn_again, finish, running, some_tokens, stop, until, wait_for
+from support.engine import Gate, core_of, drawn_again, finish, running, some_tokens, stop, until, wait_for
+from weft.runtime.cache.pools import Pools
 from weft.runtime.decoding.params import SamplingParams
 from weft.runtime.engine import host
 from weft.runtime.engine.front import Engine
@@ -135,6 +139,27 @@ def test_a_core_that_cannot_be_replaced_is_a_death(monkeypatch: pytest.MonkeyPat
         finish(work(engine))
 
 
+def test_the_memory_of_a_dead_core_is_free_before_the_next_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pools take most of a machine: two of them would not fit."""
+    gate = Gate()
+    alive: list[bool] = []
+
+    def make(*args: Any, **kwargs: Any) -> Pools:
+        gc.collect()
+        alive.append(old() is not None)
+        return Pools(*args, **kwargs)
+
+    async def work(engine: Engine) -> None:
+        monkeypatch.setattr(host, "Pools", make)
+        await all_fail(await crash(engine, gate, RuntimeError("boom")), "boom")
+        assert len((await engine.generate(PROMPT, PARAMS)).tokens) == 6
+
+    with running(gate, restarts=1) as engine:
+        old = weakref.ref(core_of(engine).pools)
+        finish(work(engine))
+    assert alive == [False]
+
+
 def test_messages_sent_meanwhile_are_answered() -> None:
     """Calls made between the crash and its discovery reach the new core, or fail; none is lost."""
     gate = Gate()
@@ -185,6 +210,30 @@ def test_calls_made_while_the_engine_closes_do_not_hang(delay: float) -> None:
         await asyncio.sleep(delay)
         await asyncio.get_running_loop().run_in_executor(None, engine.close)
         await asyncio.gather(*calls)
+
+    with running(leaks=True) as engine:
+        finish(work(engine))
+
+
+def test_a_call_overtaken_by_the_end_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread closes the engine just before the message is handed over."""
+
+    async def work(engine: Engine) -> None:
+        send = engine._link.send
+
+        def late(message: Any) -> None:
+            monkeypatch.setattr(engine._link, "send", send)
+            closing = threading.Thread(target=engine.close)
+            closing.start()
+            closing.join(0.5)  # or waits for us
+            send(message)
+            closing_threads.append(closing)
+
+        closing_threads: list[threading.Thread] = []
+        monkeypatch.setattr(engine._link, "send", late)
+        with pytest.raises((Cancelled, EngineDead)):
+            await engine.generate(PROMPT, PARAMS)
+        closing_threads[0].join()
 
     with running(leaks=True) as engine:
         finish(work(engine))

@@ -6,8 +6,10 @@ import asyncio
 from typing import Any
 
 import pytest
+import torch
 
-from support.engine import Gate, drawn_again, finish, running, some_tokens, until
+from support.engine import Gate, drawn_again, finish, running, small_model, some_tokens, until
+from support.run import run
 from weft.runtime.decoding.params import SamplingParams
 from weft.runtime.engine.front import Engine
 from weft.runtime.engine.handle import Output
@@ -76,6 +78,34 @@ def test_a_fork_larger_than_the_engine_is_refused() -> None:
         finish(work(engine))
 
 
+def test_forks_that_cannot_all_be_made_at_once() -> None:
+    """Three computed parents want three slots each, and one is free: taken from the younger, for the older."""
+
+    async def fork(engine: Engine, seed: int) -> None:
+        with engine.open(some_tokens(9, seed)) as parent:
+            for child in await parent.fork(3):
+                child.close()
+
+    async def work(engine: Engine) -> list[Any]:
+        return await outcomes(*(fork(engine, seed) for seed in range(3)))
+
+    with running(slots=4) as engine:
+        assert finish(work(engine)) == [None] * 3
+
+
+def test_forks_that_can_never_be_made_do_not_wait_for_each_other() -> None:
+    async def work(engine: Engine) -> list[Any]:
+        parents = [engine.open(some_tokens(9, seed)) for seed in range(2)]
+        results = await outcomes(*(parent.fork(3) for parent in parents))
+        assert len((await parents[0].complete(PARAMS)).tokens) == 6
+        for parent in parents:
+            parent.close()
+        return results
+
+    with running(slots=3) as engine:
+        assert [type(result) for result in finish(work(engine))] == [Overloaded] * 2
+
+
 def test_a_refused_call_can_be_made_again_later() -> None:
     async def work(engine: Engine) -> None:
         parent = engine.open(some_tokens(9))
@@ -122,6 +152,44 @@ def test_the_oldest_call_finishes_whatever_the_others_need() -> None:
 
     with running(**TIGHT) as engine:
         assert 0 in finished(finish(work(engine)), prompts, params)
+
+
+def test_one_that_can_never_fit_is_refused_alone() -> None:
+    """The context is longer than what all pages hold."""
+    short = some_tokens(9)
+
+    async def work(engine: Engine) -> list[Any]:
+        long = engine.generate(some_tokens(300), PARAMS)
+        return await outcomes(long, *(engine.generate(short, PARAMS) for _ in range(4)))
+
+    with running(**TIGHT | {"context": 400}) as engine:
+        first, *others = finish(work(engine))
+    assert isinstance(first, Overloaded)
+    assert finished(others, [short] * 4) == [0, 1, 2, 3]
+
+
+def test_scores_survive_losing_their_memory() -> None:
+    """Scoring begins again when its pages were taken for an older call; no token is scored twice or left out."""
+    tokens = some_tokens(150, seed=8)
+
+    async def work(engine: Engine) -> None:
+        with engine.open(tokens[:2]) as sequence:
+            older = asyncio.ensure_future(engine.generate(some_tokens(60), OLDER))
+            await until(lambda: bool(gate.steps))
+            found = await sequence.append_scored(tokens[2:])
+            assert finished([await older], [some_tokens(60)], OLDER) == [0]
+        logits = run(small_model(), tokens)[1:-1]
+        expected = torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(tokens[2:])[:, None])[:, 0]
+        assert [entry.token for entry in found] == tokens[2:]
+        assert [entry.logprob for entry in found] == expected.tolist()
+
+    gate = Gate()
+    with running(gate, chunk=8, **TIGHT | {"burst": 64}) as engine:
+        finish(work(engine))
+    assert sum(gate.steps) > 60 + 39 + 150  # or nothing was ever taken away
+
+
+OLDER = SamplingParams(max_tokens=40, seed=1, ignore_eos=True)
 
 
 @pytest.mark.parametrize("count", [2, 6])

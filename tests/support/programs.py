@@ -132,7 +132,14 @@ class Rig:
         return state
 
     def error(self, state: Any) -> Exception:
-        """The error of a state that must have one; sglang also warns of it."""
+        """The error of a state that must have one; sglang also warns of it.
+
+        sglang's worker lets `error()` return before it has noted the error, so this waits for the worker's end.
+        """
+        state.error()
+        worker = getattr(state.stream_executor, "worker", None)
+        if worker is not None:
+            worker.join(60)
         error = state.error()
         assert error is not None, "no error"
         self.errors_taken += 1
