@@ -159,7 +159,8 @@ class Core:
         work = self._schedule(active)
         if not work:
             if active and not self._take_memory(active):
-                self._fail(active[-1], Overloaded("no KV memory left and no running call will free any"))
+                waiting = [call for call in active if not call.pending()] or active
+                self._fail(waiting[-1], Overloaded("no KV memory left and no running call will free any"))
             return
         for item, rows, previous in zip(work, *self._forward(work), strict=True):
             item.call.ran(item.tokens, rows, previous, self.model)
@@ -195,6 +196,8 @@ class Core:
         turn has come. False if nothing is left to take.
         """
         idle = [s for s in self.sequences.values() if s.state is not None and not s.calls]
+        if not idle and any(not call.pending() for call in active):
+            return False  # a fork waits for slots: computing another sequence again would not give it any
         holders = [call.sequence for call in active if call.sequence.state is not None]
         chosen = idle[0] if idle else holders[-1] if len(holders) > 1 else None
         if chosen is None:

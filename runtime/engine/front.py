@@ -106,6 +106,8 @@ class Engine:
             self._closed = True
             if self._death is None:
                 self._link.close()
+            # Calls whose message came too late for the core.
+            self._fail_all("Cancelled", "the engine was closed")
 
     @property
     def context(self) -> int:
@@ -235,10 +237,13 @@ class Engine:
     def _on_death(self, reason: errors.EngineDead, final: bool) -> None:
         if final:
             self._death = reason
+        self._fail_all("EngineDead", str(reason))
+
+    def _fail_all(self, kind: str, reason: str) -> None:
         with self._lock:
             waiting = list(self._calls)
         for call in waiting:
-            self._deliver(m.Failed(call, "EngineDead", str(reason)))
+            self._deliver(m.Failed(call, kind, reason))
 
 
 def _exception(event: m.Failed) -> errors.WeftError:

@@ -6,9 +6,11 @@ core held is gone: its sequences are unknown to the new one, and calls on them f
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import queue
 import threading
+import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -21,6 +23,8 @@ from weft.runtime.errors import EngineDead
 
 if TYPE_CHECKING:
     from weft.runtime.engine.core import Core
+
+_log = logging.getLogger("weft")
 
 OnEvent = Callable[[m.Event], None]
 OnDeath = Callable[[EngineDead, bool], None]  # the reason, and whether it is for good
@@ -87,6 +91,8 @@ class ThreadLink:
     def _replace(self, error: BaseException) -> bool:
         """A new core, if the crash was not the last one allowed."""
         reason = EngineDead(f"the engine core stopped: {error!r}")
+        _log.error("the engine core stopped:\n%s", "".join(traceback.format_exception(error)))
+        error.__traceback__ = None  # its frames hold the dead core, and that its pools
         reason.__cause__ = error
         self._restarts -= 1
         final = self._restarts < 0 or not isinstance(error, Exception)

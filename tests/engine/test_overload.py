@@ -12,7 +12,7 @@ from support.engine import Gate, drawn_again, finish, running, small_model, some
 from support.run import run
 from weft.runtime.decoding.params import SamplingParams
 from weft.runtime.engine.front import Engine
-from weft.runtime.engine.handle import Output
+from weft.runtime.engine.handle import Output, Sequence
 from weft.runtime.errors import Overloaded
 
 PARAMS = SamplingParams(max_tokens=6, seed=1, ignore_eos=True)
@@ -80,17 +80,28 @@ def test_a_fork_larger_than_the_engine_is_refused() -> None:
 
 def test_forks_that_cannot_all_be_made_at_once() -> None:
     """Three computed parents want three slots each, and one is free: taken from the younger, for the older."""
+    gate = Gate()
 
-    async def fork(engine: Engine, seed: int) -> None:
-        with engine.open(some_tokens(9, seed)) as parent:
+    async def fork(parent: Sequence) -> None:
+        with parent:
             for child in await parent.fork(3):
                 child.close()
 
     async def work(engine: Engine) -> list[Any]:
-        return await outcomes(*(fork(engine, seed) for seed in range(3)))
+        parents = [engine.open(some_tokens(9, seed)) for seed in range(3)]
+        for parent in parents:
+            await parent.complete(SamplingParams(max_tokens=0))
+        gate.steps.clear()
+        gate.shut()
+        last = asyncio.ensure_future(engine.generate([5], SamplingParams(max_tokens=1)))
+        await until(lambda: bool(gate.steps))
+        forks = [asyncio.ensure_future(fork(parent)) for parent in parents]
+        await asyncio.sleep(0)
+        gate.open()  # and the core reads all three calls at once
+        return await outcomes(last, *forks)
 
-    with running(slots=4) as engine:
-        assert finish(work(engine)) == [None] * 3
+    with running(gate, slots=4) as engine:
+        assert finish(work(engine))[1:] == [None] * 3
 
 
 def test_forks_that_can_never_be_made_do_not_wait_for_each_other() -> None:
