@@ -5,6 +5,7 @@ Owns the model, the pools and every sequence. Single-threaded: whoever runs it c
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -169,13 +170,15 @@ class Core:
     def _schedule(self, active: list[Call]) -> list[Work]:
         """Oldest calls first; decodes cost one token, so they come before prefill."""
         work: list[Work] = []
+        blocked = min((call.id for call in active if not call.pending()), default=sys.maxsize)
         budget = self.limits.chunk
         for call in sorted(active, key=lambda call: len(call.pending()) > 1):
             pending = call.pending()
             count = min(len(pending), budget if len(pending) > 1 else 1)
             if count == 0:
                 continue
-            state = self._state_of(call.sequence)
+            # While an older fork waits for slots, none goes to a younger call.
+            state = self._state_of(call.sequence) if call.id < blocked else call.sequence.state
             if state is None:
                 continue
             if not state.can_reserve(count):
@@ -196,8 +199,6 @@ class Core:
         turn has come. False if nothing is left to take.
         """
         idle = [s for s in self.sequences.values() if s.state is not None and not s.calls]
-        if not idle and any(not call.pending() for call in active):
-            return False  # a fork waits for slots: computing another sequence again would not give it any
         holders = [call.sequence for call in active if call.sequence.state is not None]
         chosen = idle[0] if idle else holders[-1] if len(holders) > 1 else None
         if chosen is None:
