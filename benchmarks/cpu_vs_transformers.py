@@ -16,7 +16,6 @@ import dataclasses
 import json
 import logging
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from typing import Any
 
 import torch
 
-from support.record import record
+from support.record import peak_rss_gib, record
 from weft.runtime.cache.capacity import PoolSizes
 from weft.runtime.checkpoint.dummy import dummy_weights
 from weft.runtime.checkpoint.hf_names import to_hf_state_dict
@@ -178,7 +177,7 @@ def peak(name: str, side: str, length: int) -> float:
     config = config_of(name)
     runner = Theirs(config) if side == "transformers" else Ours(config, True)
     runner.generate([prompt(config, length, 1)], 16)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_rss_gib()
 
 
 def child(arguments: list[str], threads: int) -> Any:

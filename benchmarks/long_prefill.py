@@ -6,14 +6,13 @@ Each length runs in a process of its own, because peak memory is a property of a
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
 
 import torch
 
-from support.record import record
+from support.record import peak_rss_gib, record
 from weft.runtime.cache.capacity import PoolSizes
 from weft.runtime.cache.pools import Pools
 from weft.runtime.cache.sequence import SequenceState
@@ -29,7 +28,7 @@ def prefill(length: int, chunk: int) -> dict[str, float]:
     torch.set_num_threads(1)
     config = preset("tiny")
     model = Model(config, dummy_weights(config, 0))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_rss_gib()
     pools = Pools(config, PoolSizes(tokens=length + chunk, slots=1, context=length + chunk, burst=chunk))
     state = SequenceState(pools)
     ids = torch.randint(0, config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
@@ -40,13 +39,12 @@ def prefill(length: int, chunk: int) -> dict[str, float]:
         model.forward(part, Batch(pools, [Span(state.slot, start, len(part))]))
         state.commit(len(part))
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "length": length,
         "chunk": chunk,
         "tokens_per_second": round(length / seconds, 1),
-        "peak_rss_gib": round(peak / 2**20, 3),
-        "rss_before_gib": round(before / 2**20, 3),
+        "peak_rss_gib": round(peak_rss_gib(), 3),
+        "rss_before_gib": round(before, 3),
     }
 
 

@@ -25,6 +25,13 @@ def machine() -> dict[str, Any]:
     }
 
 
+def peak_rss_gib() -> float:
+    """The most memory this process has held. `getrusage` would not do: what it says of a fresh process begins at the
+    size of the one that started it."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+
+
 def record(name: str, figures: dict[str, Any]) -> Path:
     """Write results/NAME.json: figures, machine, commit, date. Prints them too."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
