@@ -26,8 +26,7 @@ def machine() -> dict[str, Any]:
 
 
 def peak_rss_gib() -> float:
-    """The most memory this process has held. `getrusage` would not do: what it says of a fresh process begins at the
-    size of the one that started it."""
+    """The most memory this process has held (`getrusage` counts its parent's size too)."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
