@@ -64,13 +64,17 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
     return [int(token) for token in _first_argmax(scores)]
 
 
-def logprobs(logits: Tensor, tokens: Sequence[int], top: Sequence[int]) -> list[TokenLogprob]:
-    """Log-probabilities of `tokens` and of the `top[i]` best alternatives of each row of logits [B, V]."""
+def logprobs(
+    logits: Tensor, tokens: Sequence[int], top: Sequence[int], defined: int | None = None
+) -> list[TokenLogprob]:
+    """Log-probabilities of `tokens` and of the `top[i]` best alternatives of each row of logits [B, V].
+
+    defined: only lower ids are alternatives; their log-probabilities are still those among all V."""
     table = torch.log_softmax(logits, dim=-1)
     own = table.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
     out = []
     for i, (token, count) in enumerate(zip(tokens, top, strict=True)):
-        values, ids = torch.sort(table[i], descending=True, stable=True)
+        values, ids = torch.sort(table[i, :defined], descending=True, stable=True)
         best = zip(ids[:count].tolist(), values[:count].tolist(), strict=True) if count else ()
         out.append(TokenLogprob(token, own[i], tuple(best)))
     return out

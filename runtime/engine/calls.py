@@ -87,12 +87,15 @@ class ForkCall(Call):
 
 
 class ScoreCall(Call):
-    """Appends `tokens` and gathers the log-probability of each, given all before it."""
+    """Appends `tokens` and gathers the log-probability of each, given all before it.
 
-    def __init__(self, id: int, sequence: Sequence, tokens: list[int], top: int) -> None:
+    defined: ids from this one on are padding of the head, never alternatives."""
+
+    def __init__(self, id: int, sequence: Sequence, tokens: list[int], top: int, defined: int) -> None:
         super().__init__(id, sequence)
         self.tokens = tokens
         self.top = top
+        self._defined = defined
         self.results: list[TokenLogprob] = []
         self._first = 0
 
@@ -114,7 +117,7 @@ class ScoreCall(Call):
         if targets:
             rows = torch.cat((previous[None], streams))[targets.start - start : targets.stop - start]
             chosen = self.sequence.tokens[targets.start : targets.stop]
-            self.results += logprobs(model.logits(rows), chosen, [self.top] * len(chosen))
+            self.results += logprobs(model.logits(rows), chosen, [self.top] * len(chosen), self._defined)
 
     def done(self) -> m.Done:
         return m.Done(
@@ -169,7 +172,8 @@ class GenerateCall(Call):
         self._counts[token] += 1
         found: list[m.Logprob] = []
         if self.params.logprobs is not None:
-            found = [_logprob(r) for r in logprobs(logits[None], [token], [self.params.logprobs])]
+            entries = logprobs(logits[None], [token], [self.params.logprobs], self._tokenizer.size)
+            found = [_logprob(entry) for entry in entries]
         if token in self._stop_ids:
             self.finish_reason, self.stop = "stop", token
             return m.Delta(call=self.id, tokens=[token], text="", logprobs=found)

@@ -107,7 +107,7 @@ class Core:
             case m.Fork(call, _, children):
                 self._submit(ForkCall(call, sequence, children), message)
             case m.Score(call, _, tokens, top):
-                self._submit(ScoreCall(call, sequence, tokens, top), message)
+                self._submit(ScoreCall(call, sequence, tokens, top, self.tokenizer.size), message)
             case m.Generate(call, _, params):
                 try:
                     self._submit(GenerateCall(call, sequence, params, self.tokenizer), message)

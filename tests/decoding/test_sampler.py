@@ -262,6 +262,15 @@ def test_logprobs_are_the_models_own() -> None:
             assert [value for _, value in got.top] == pytest.approx(exact[i, best].tolist(), abs=2e-5)
 
 
+def test_alternatives_are_ids_that_the_tokenizer_defines() -> None:
+    """Among all ids the padding of the head counts, as it does for the token itself."""
+    logits = torch.tensor([[1.0, 3.0, 2.0, 9.0, 8.0]])
+    exact = torch.log_softmax(logits, 1)[0].tolist()
+    for token in (1, 4):
+        (got,) = logprobs(logits, [token], [4], defined=3)
+        assert (got.logprob, got.top) == (exact[token], ((1, exact[1]), (2, exact[2]), (0, exact[0])))
+
+
 def test_logprobs_list_equals_by_id_and_do_not_mind_the_batch() -> None:
     assert [t for t, _ in logprobs(torch.tensor([[1.0, 2.0, 2.0, 2.0]]), [0], [3])[0].top] == [1, 2, 3]
     for width in (265, 513, 4099):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.engine import VOCABULARY, Gate, finish, running, small_model, some_tokens
+from support.engine import VOCABULARY, Gate, byte_tokenizer, drawn_again, finish, running, small_model, some_tokens
 from support.run import run
 from weft.runtime.decoding.params import SamplingParams
 from weft.runtime.engine import messages as m
@@ -29,7 +29,7 @@ def assert_scored(found: list[m.Logprob], tokens: list[int], first: int, top: in
     assert [entry.token for entry in found] == tokens[first:]
     for entry, row in zip(found, table(tokens)[first:], strict=True):
         assert entry.logprob == row[entry.token].item()
-        values, ids = row.sort(descending=True, stable=True)
+        values, ids = row[: byte_tokenizer().size].sort(descending=True, stable=True)
         assert entry.top == list(zip(ids[:top].tolist(), values[:top].tolist(), strict=True))
 
 
@@ -108,6 +108,22 @@ def test_scored_tokens_join_the_history() -> None:
 
     with running() as engine:
         assert finish(work(engine)) == finish(engine.generate(PROMPT, params)).tokens
+
+
+def test_ids_that_the_tokenizer_lacks() -> None:
+    """Part of the model's vocabulary, so a history may hold them; their text is empty."""
+    history = [*PROMPT[:20], VOCABULARY - 1, *PROMPT[20:30], VOCABULARY - 2]
+    params = SamplingParams(max_tokens=12, temperature=0, repetition_penalty=1.3, logprobs=3, ignore_eos=True)
+
+    async def work(engine: Engine) -> None:
+        with engine.open(history[:15]) as sequence:
+            assert_scored(await sequence.append_scored(history[15:], top=3), history, 15, top=3)
+            output = await sequence.complete(params)
+        assert output.tokens == drawn_again(history, output.tokens, params)
+        assert_scored(output.logprobs, history + output.tokens, len(history), top=3)
+
+    with running() as engine:
+        finish(work(engine))
 
 
 def test_many_sequences_at_once() -> None:
