@@ -1,0 +1,234 @@
+"""Questions about facts in the prompt: recall, two hops, multiple choice, judging."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from weft.runtime.embedded.dialogue import Dialogue
+from weft.runtime.embedded.tasks.arithmetic import compute, operation, working
+from weft.runtime.embedded.words import ATTRIBUTES, ITEMS, NAMED, Draw
+
+FACTS = (
+    "The {a} of {x} is {v}.",
+    "{x} has the {a} {v}.",
+    "{x}: {a} {v}.",
+    "Note: the {a} of {x} is {v}.",
+    "For {x} the {a} is {v}.",
+    "Here the {a} for {x} is {v}.",
+)
+_HELD_FACTS = ("Note: {x} has the {a} {v}.", "Note: for {x} the {a} is {v}.", "The {a} for {x} is {v}.")
+QUESTIONS = (
+    "What is the {a} of {x}?",
+    "Give the {a} of {x}.",
+    "Which {a} does {x} have?",
+    "Tell me the {a} of {x}.",
+    "{a} of {x}?",
+    "I need the {a} of {x}.",
+    "Find the {a} of {x}.",
+    "Please say which {a} {x} has.",
+    "What {a} has {x}?",
+)
+HELD_QUESTIONS = ("Tell me which {a} {x} has.", "Please give me the {a} of {x}.", "What {a} does {x} have?")
+_FILLER = (
+    "{x} has a {i} and a {j}.",
+    "There is a {i} near the {j}.",
+    "{x} gives the {i} away.",
+    "The {i} is with {x}.",
+    "{x} needs a {i} now.",
+)
+_HELD_FILLER = ("There is a {i} with {x}.", "{x} gives a {i} away.", "The {i} is near the {j}.")
+_HOPS = (
+    "What is the {a} of the {r} of {x}?",
+    "Give the {a} of the {r} of {x}.",
+    "Which {a} does the {r} of {x} have?",
+    "Tell me the {a} of the {r} of {x}.",
+    "Find the {r} of {x} and give the {a} of that one.",
+)
+_HELD_HOPS = ("Please give me the {a} of the {r} of {x}.", "Tell me which {a} the {r} of {x} has.")
+_JUDGED = (
+    "Is it right that the {a} of {x} is {v}? Answer yes or no.",
+    "The {a} of {x} is {v}. Right? Answer yes or no.",
+    "I say the {a} of {x} is {v}. Is that right? yes or no",
+    "Is the {a} of {x} {v}? Answer yes or no.",
+    "Does {x} have the {a} {v}? yes or no",
+)
+_HELD_JUDGED = (
+    "I say {x} has the {a} {v}. Is that right? Answer yes or no.",
+    "Is it right that {x} has the {a} {v}? yes or no",
+)
+_JUDGED_SUMS = (
+    "Is {e} right? Answer yes or no.",
+    "I say {e}. Is that right? yes or no",
+    "{e}. Right? Answer yes or no.",
+    "Is it right that {e}? Answer yes or no.",
+)
+_HELD_JUDGED_SUMS = ("Is that right: {e}? yes or no", "I say {e}. Right? Answer yes or no.")
+_FOLLOW_UP = ("I say it is {v}. Is that right? yes or no", "Is it {v}? Answer yes or no.")
+_HELD_FOLLOW_UP = ("Is that {v}? yes or no", "I say {v}. Is that right? Answer yes or no.")
+_OPTIONS = ("{q}\n{o}\nAnswer with a letter.", "{q} Give the letter.\n{o}", "{q}\n{o}\nLetter?", "{q}\n{o}")
+_HELD_OPTIONS = ("{q}\n{o}\nGive the letter.", "{q} Answer with a letter.\n{o}")
+
+
+class Fact(NamedTuple):
+    name: str
+    attribute: str
+    value: str
+
+    def __str__(self) -> str:
+        return FACTS[0].format(a=self.attribute, x=self.name, v=self.value)
+
+
+_PIECE = re.compile(r" ?[a-z]+|[A-Z]?[a-z][aeiou]?[lnrs]?(?![aeiou])|\w|[^\w ]")
+
+
+def cost(text: str) -> int:
+    """About how many tokens a text is."""
+    return len(_PIECE.findall(text)) + len(re.findall(" [A-Z0-9]|[a-z]{4}(?=[a-z]*[.:?])", text))
+
+
+def facts(draw: Draw, count: int, attribute: str | None = None) -> list[Fact]:
+    """With a name each that no other has; values may come twice."""
+    found = []
+    for _ in range(count):
+        kind = attribute or draw.rng.choice(ATTRIBUTES)
+        found.append(Fact(draw.name(), kind, draw.value(kind)))
+    return found
+
+
+def say(draw: Draw, fact: Fact) -> str:
+    return draw.phrase(FACTS, _HELD_FACTS).format(a=fact.attribute, x=fact.name, v=fact.value)
+
+
+def question(draw: Draw, fact: Fact) -> str:
+    return draw.phrase(QUESTIONS, HELD_QUESTIONS).format(a=fact.attribute, x=fact.name)
+
+
+def _other(draw: Draw) -> str:
+    """A sentence that says nothing about an attribute, with a name of its own."""
+    i, j = draw.rng.sample(ITEMS, 2)
+    return draw.phrase(_FILLER, _HELD_FILLER).format(x=draw.name(), i=i, j=j)
+
+
+def _filler(draw: Draw, tokens: int, avoid: Sequence[str]) -> list[str]:
+    """About so many tokens of facts and other sentences, with none of the values to avoid."""
+    sentences: list[str] = []
+    while tokens > 0:
+        if draw.chance(0.3):
+            sentence = _other(draw)
+        else:
+            (fact,) = facts(draw, 1)
+            sentence = say(draw, fact)
+            if fact.value in avoid:
+                continue
+        if any(f" {value} " in f"{sentence[:-1]} " for value in avoid):
+            continue
+        sentences.append(sentence)
+        tokens -= cost(sentence)
+    return sentences
+
+
+def recall(d: Dialogue, tokens: int | None) -> None:
+    """The fact of the first question stands at the beginning, those of later ones anywhere."""
+    draw = d.draw
+    room = int(16 * (20 ** draw.rng.random())) if tokens is None else max(tokens - 110, 12)
+    count = 1 if draw.chance(0.3) else draw.rng.randint(2, 4 if room < 500 else 8)
+    asked: list[Fact] = []
+    while len(asked) < count:
+        (fact,) = facts(draw, 1)
+        if fact.value not in (other.value for other in asked):
+            asked.append(fact)
+    room -= sum(cost(str(fact)) + 20 for fact in asked[1:])
+    texts = _filler(draw, room, [fact.value for fact in asked])
+    for fact in asked[1:]:
+        texts.insert(draw.rng.randint(0, len(texts)), say(draw, fact))
+    d.context(" ".join([say(draw, asked[0]), *texts]))
+    for fact in asked:
+        d.ask(question(draw, fact), fact.value, str(fact))
+
+
+def two_hop(d: Dialogue, tokens: int | None) -> None:
+    draw = d.draw
+    relation, attribute = (
+        draw.rng.choice(("friend", "boss")),
+        draw.rng.choice([a for a in ATTRIBUTES if a not in ("friend", "boss")]),
+    )
+    pairs = []
+    for _ in range(draw.rng.randint(2, 4)):
+        first = Fact(draw.name(), relation, draw.name())
+        pairs.append((first, Fact(first.value, attribute, draw.value(attribute))))
+    texts = [say(draw, fact) for pair in pairs for fact in pair]
+    if tokens is not None:
+        texts += _filler(draw, tokens - 130 - sum(map(cost, texts)), [])
+    draw.rng.shuffle(texts)
+    d.context(" ".join(texts))
+    for first, second in draw.rng.sample(pairs, draw.rng.randint(1, 2)):
+        text = draw.phrase(_HOPS, _HELD_HOPS).format(a=attribute, r=relation, x=first.name)
+        d.ask(text, second.value, f"{first} {second}")
+
+
+def multiple_choice(d: Dialogue, tokens: int | None) -> None:
+    draw = d.draw
+    attribute = draw.rng.choice([a for a in ATTRIBUTES])
+    known: list[Fact] = []
+    while len(known) < 4:
+        (fact,) = facts(draw, 1, attribute)
+        if fact.value not in (other.value for other in known):
+            known.append(fact)
+    stated = known[: draw.rng.randint(1, 4)]
+    d.context(" ".join(say(draw, fact) for fact in stated))
+    for fact in draw.rng.sample(stated, min(len(stated), draw.rng.choice((1, 1, 2)))):
+        values = [other.value for other in known]
+        draw.rng.shuffle(values)
+        options = "\n".join(f"{letter}) {value}" for letter, value in zip("ABCD", values, strict=True))
+        letter = "ABCD"[values.index(fact.value)]
+        text = draw.phrase(_OPTIONS, _HELD_OPTIONS).format(q=question(draw, fact), o=options)
+        d.ask(text, letter, f"{fact} {letter}) {fact.value}")
+
+
+def judge(d: Dialogue, tokens: int | None) -> None:
+    if d.draw.chance(0.35):
+        _judge_sum(d)
+        return
+    draw = d.draw
+    attribute = draw.rng.choice(ATTRIBUTES)
+    known = facts(draw, draw.rng.randint(1, 4), attribute)
+    d.context(" ".join(say(draw, fact) for fact in known))
+    for fact in draw.rng.sample(known, min(len(known), draw.rng.choice((1, 1, 2)))):
+        claimed = fact.value if draw.chance(0.5) else _wrong(draw, fact, known)
+        text = draw.phrase(_JUDGED, _HELD_JUDGED).format(a=attribute, x=fact.name, v=claimed)
+        d.ask(text, yes(claimed == fact.value), str(fact))
+
+
+def _judge_sum(d: Dialogue) -> None:
+    draw = d.draw
+    a, sign, b = operation(draw, draw.rng.choice((0, 1, 2)))
+    result = compute(a, sign, b)
+    claimed = result if draw.chance(0.5) else abs(result + draw.rng.choice((-10, -2, -1, 1, 2, 10)))
+    text = draw.phrase(_JUDGED_SUMS, _HELD_JUDGED_SUMS).format(e=f"{a} {sign} {b} = {claimed}")
+    d.ask(text, yes(claimed == result), working(a, sign, b))
+
+
+def follow_up(d: Dialogue, fact: Fact, others: Sequence[str]) -> None:
+    """A claim about the answer just given."""
+    wrong = [value for value in others if value != fact.value]
+    claimed = d.draw.rng.choice(wrong) if wrong and d.draw.chance(0.5) else fact.value
+    task, d.task = d.task, "judge"
+    d.ask(d.draw.phrase(_FOLLOW_UP, _HELD_FOLLOW_UP).format(v=claimed), yes(claimed == fact.value), str(fact))
+    d.task = task
+
+
+def _wrong(draw: Draw, fact: Fact, known: Sequence[Fact]) -> str:
+    others = [other.value for other in known if other.value != fact.value]
+    while True:
+        value = draw.rng.choice(others) if others and draw.chance(0.6) else draw.value(fact.attribute)
+        if value != fact.value:
+            return value
+
+
+def yes(right: bool) -> str:
+    return "yes" if right else "no"
+
+
+RELATIONS = tuple(attribute for attribute in NAMED if attribute in ("friend", "boss"))
