@@ -39,6 +39,7 @@ _BUILDERS: dict[str, Callable[[Dialogue, int | None], None]] = {
 TASKS = tuple(_BUILDERS)
 LONG_TASKS = ("recall", "json_extract", "table_extract", "two_hop")
 TOOL_TASKS = ("calculator", "route", "plan_act")
+TALK_TASKS = tuple(task for task in TASKS if task not in TOOL_TASKS)
 WEIGHTS: Mapping[str, float] = {task: 1.0 for task in TASKS} | {"addition": 2.0, "recall": 2.0}
 
 _SYSTEM = (
@@ -50,6 +51,7 @@ _SYSTEM = (
     "Answer in one line.",
 )
 _HELD_SYSTEM = ("You are an exact agent.", "Give the value only.", "Give short answers in one line.")
+_BETTER_THOUGHT = ("two_hop",)  # hard to answer in the head
 # Tokens that an example of a long task needs beyond its filler.
 _SHORTEST_LONG = 160
 
@@ -59,20 +61,29 @@ def make(
 ) -> Example:
     """One dialogue whose last task is `task`.
 
-    tokens: for `LONG_TASKS`, about how long the dialogue is to be; in recall the fact first asked for then
-    stands at its beginning. plain: no turns of other tasks before.
+    tokens: for `LONG_TASKS`, how long the dialogue is to be: up to a tenth less, from 1,000 on. In recall the fact
+    first asked for then stands at its beginning. plain: no turns of other tasks before.
     """
     draw = Draw(split, rng)
-    d = Dialogue(draw, task, thinking=draw.chance(0.4))
+    d = Dialogue(draw, task, thinking=draw.chance(0.7 if task in _BETTER_THOUGHT else 0.4))
     if draw.chance(0.5):
         d.system(draw.phrase(_SYSTEM, _HELD_SYSTEM))
-    if task not in TOOL_TASKS and not plain:
+    if task in TALK_TASKS and not plain:
         while draw.chance(0.15):
-            d.task = draw.rng.choice([other for other in TASKS if other not in TOOL_TASKS])
-            _BUILDERS[d.task](d, None)
+            _interlude(d)
+        if task == "recall" and tokens is None and draw.chance(0.3):
+            facts.recall_later(d, lambda: _interlude(d))
+            return d.done()
+    # Estimates fall short by up to a fifteenth.
+    _BUILDERS[task](d, None if tokens is None else int(tokens * 0.93))
+    return d.done()
+
+
+def _interlude(d: Dialogue) -> None:
+    """Turns of some other task."""
+    task, d.task = d.task, d.draw.rng.choice(TALK_TASKS)
+    _BUILDERS[d.task](d, None)
     d.task = task
-    _BUILDERS[task](d, tokens)
-    return msgspec.structs.replace(d.done(), task=task)
 
 
 def mixture(
@@ -80,7 +91,7 @@ def mixture(
     split: Split,
     seed: int,
     max_tokens: int,
-    weights: Mapping[str, float] | None = None,
+    weights: Mapping[str, float] = WEIGHTS,
     *,
     worker: int = 0,
     workers: int = 1,
@@ -89,25 +100,33 @@ def mixture(
     """Examples without end, none longer than max_tokens, each with its tokens.
 
     Example i depends on the arguments and on i alone; worker w of n yields those with i % n == w. long: the share
-    of examples of `LONG_TASKS` that are given a length, log-uniform up to max_tokens.
+    of examples of `LONG_TASKS` that are given a length, log-uniform up to max_tokens. Where a task has nothing
+    so short, another takes its place.
     """
-    shares = WEIGHTS if weights is None else weights
-    names, odds = list(shares), list(shares.values())
+    names, odds = list(weights), list(weights.values())
     index = worker
     while True:
         rng = random.Random(f"{split} {seed} {index}")
-        task = rng.choices(names, odds)[0]
-        tokens: int | None = None
-        if task in LONG_TASKS and max_tokens > _SHORTEST_LONG and rng.random() < long:
-            tokens = int(_SHORTEST_LONG * (max_tokens / _SHORTEST_LONG) ** rng.random())
-        while True:
-            example = make(task, split, rng, tokens)
-            encoded = encode(tokenizer, example)
-            if len(encoded.tokens) <= max_tokens:
-                break
-            tokens = int(tokens * 0.9) if tokens else tokens
-        yield example, encoded
+        while (made := _fitting(tokenizer, split, rng, rng.choices(names, odds)[0], max_tokens, long)) is None:
+            pass
+        yield made
         index += workers
+
+
+def _fitting(
+    tokenizer: Tokenizer, split: Split, rng: random.Random, task: str, max_tokens: int, long: float
+) -> tuple[Example, Encoded] | None:
+    """An example that is not too long, if a few attempts give one."""
+    tokens: int | None = None
+    if task in LONG_TASKS and max_tokens > _SHORTEST_LONG and rng.random() < long:
+        tokens = int(_SHORTEST_LONG * (max_tokens / _SHORTEST_LONG) ** rng.random())
+    for _ in range(8):
+        example = make(task, split, rng, tokens)
+        encoded = encode(tokenizer, example)
+        if len(encoded.tokens) <= max_tokens:
+            return example, encoded
+        tokens = int(tokens * 0.9) if tokens else None
+    return None
 
 
 def judge_reply(example: Example, scored: Scored, reply: Reply) -> bool:

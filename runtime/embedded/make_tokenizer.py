@@ -22,6 +22,7 @@ from pathlib import Path
 import tokenizers
 
 from weft.runtime.embedded import data
+from weft.runtime.embedded.dialogue import Example
 from weft.runtime.embedded.encoding import frame, segments
 from weft.runtime.embedded.words import ATTRIBUTES, VALUES
 from weft.runtime.text.tokens import LEADING, TRAILING
@@ -84,7 +85,7 @@ def make() -> str:
     return _with_specials(_pattern(words, literals), [*merges[:count], *joined])
 
 
-def _corpus() -> Iterator[data.Example]:
+def _corpus() -> Iterator[Example]:
     for i in range(_EXAMPLES):
         yield data.make(data.TASKS[i % len(data.TASKS)], "train", random.Random(f"tokenizer {i}"))
 
@@ -137,7 +138,7 @@ def _joins(literals: list[str], pattern: str, merges: list[tuple[str, str]]) -> 
     """Merges of whole pieces that make each literal one token: again the most frequent pair first."""
     backend = _backend(pattern, _vocabulary(merges), merges)
     lines = [backend.encode(text).tokens for text in literals]
-    joined = []
+    joined: list[tuple[str, str]] = []
     while True:
         pairs = Counter(pair for line in lines for pair in itertools.pairwise(line))
         if not pairs:

@@ -23,10 +23,10 @@ SYLLABLES = tuple(c + v + f for f in FINALS for c in CONSONANTS for v in VOWELS)
 
 # What stands in lists and fields, always a value: never a word of a phrase.
 ITEMS = tuple(
-    """apple pear plum fig lemon bean corn rice bread cup bowl fork spoon chair lamp bell drum coin stone shell ring
-    rope boat cart wheel brick nail hat coat sock glove bird fish frog duck goat horse cat dog cow hen pig fox bee
-    ant rose leaf tree root seed nut egg cake soup salt milk tea jam book pen key box bag desk door clock map card
-    ball kite flag sword shield pot jar fan web""".split()  # noqa: SIM905
+    """apple pear plum fig lemon bean corn rice bread cup bowl fork spoon chair lamp bell drum coin stone shell
+    ring rope boat cart wheel brick nail hat coat sock glove bird fish frog duck goat horse cat dog cow hen
+    pig fox bee ant rose leaf tree root seed nut egg cake soup salt milk tea jam book pen key box bag desk
+    door clock map card ball kite flag sword shield pot jar fan web log bat rat hut mug gem net lid""".split()  # noqa: SIM905
 )
 COLORS = ("red", "blue", "green", "white", "black", "brown", "pink", "gray")
 VALUES = frozenset((*ITEMS, *COLORS, "yes", "no"))
@@ -35,6 +35,8 @@ VALUES = frozenset((*ITEMS, *COLORS, "yes", "no"))
 NUMBERED = ("code", "room", "age", "seat", "score", "size", "weight", "price")
 NAMED = ("city", "friend", "boss", "street", "team", "school", "hotel", "ship")
 ATTRIBUTES = (*NUMBERED, *NAMED, "color", "pet")
+PEOPLE = ("friend", "boss")  # whose value is a person, who has attributes too
+THINGS = tuple(attribute for attribute in ATTRIBUTES if attribute not in PEOPLE)
 
 
 def heldout(key: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from weft.runtime.embedded.dialogue import Dialogue, tool
 from weft.runtime.embedded.tasks.arithmetic import CALCULATOR, compute
 from weft.runtime.embedded.tasks.facts import HELD_QUESTIONS, QUESTIONS, Fact
-from weft.runtime.embedded.words import ATTRIBUTES, NUMBERED, Draw
+from weft.runtime.embedded.words import NUMBERED, PEOPLE, THINGS
 
 _TOOL = ("Look up the {a}.", "Get the {a}.", "Find the {a}.")
 _CHAINS = (
@@ -48,20 +48,16 @@ def route(d: Dialogue, tokens: int | None) -> None:
         d.answer(fact.value, f"The {kind} is {fact.value}.")
 
 
-def _people(draw: Draw, count: int) -> list[str]:
-    return [draw.rng.choice(("friend", "boss")) for _ in range(count)]
-
-
 def plan_act(d: Dialogue, tokens: int | None) -> None:
     draw = d.draw
     steps = draw.rng.choice((2, 2, 3, 4))
     summed = steps > 2 and draw.chance(0.5)
     lookups = steps - 1 if summed else steps
-    last = draw.rng.choice(NUMBERED if summed else [a for a in ATTRIBUTES if a not in ("friend", "boss")])
-    chain = [*_people(draw, lookups - 1), last]
-    spare = draw.rng.choice([a for a in ATTRIBUTES if a not in ("friend", "boss", last)])
+    last = draw.rng.choice(NUMBERED if summed else THINGS)
+    chain = [*draw.rng.choices(PEOPLE, k=lookups - 1), last]
+    spare = draw.rng.choice([a for a in THINGS if a != last])
     d.tools = [CALCULATOR] if summed or draw.chance(0.3) else []
-    _declare(d, ["friend", "boss", last, *([spare] if draw.chance(0.5) else [])])
+    _declare(d, [*PEOPLE, last, *([spare] if draw.chance(0.5) else [])])
     number = draw.rng.randint(1, 20)
     text = " of the ".join(reversed(chain))
     name = draw.name()

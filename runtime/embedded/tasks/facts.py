@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from weft.runtime.embedded.dialogue import Dialogue
 from weft.runtime.embedded.tasks.arithmetic import compute, operation, working
-from weft.runtime.embedded.words import ATTRIBUTES, ITEMS, NAMED, Draw
+from weft.runtime.embedded.words import ATTRIBUTES, ITEMS, NAMED, PEOPLE, THINGS, Draw
 
 FACTS = (
     "The {a} of {x} is {v}.",
@@ -80,12 +80,13 @@ class Fact(NamedTuple):
         return FACTS[0].format(a=self.attribute, x=self.name, v=self.value)
 
 
-_PIECE = re.compile(r" ?[a-z]+|[A-Z]?[a-z][aeiou]?[lnrs]?(?![aeiou])|\w|[^\w ]")
+# A small word with its space, a name's first syllable, its others, a digit, anything else.
+_PIECE = re.compile(r" ?\b[a-z]+|[A-Z][^aeiou\W]?[aeiou]?|[aeiou]|\d|[^\w]")
 
 
 def cost(text: str) -> int:
     """About how many tokens a text is."""
-    return len(_PIECE.findall(text)) + len(re.findall(" [A-Z0-9]|[a-z]{4}(?=[a-z]*[.:?])", text))
+    return len(_PIECE.findall(text))
 
 
 def facts(draw: Draw, count: int, attribute: str | None = None) -> list[Fact]:
@@ -125,21 +126,21 @@ def _filler(draw: Draw, tokens: int, avoid: Sequence[str]) -> list[str]:
         if any(f" {value} " in f"{sentence[:-1]} " for value in avoid):
             continue
         sentences.append(sentence)
-        tokens -= cost(sentence)
+        tokens -= cost(sentence) + 1  # an attribute and the space before it are two
     return sentences
 
 
 def recall(d: Dialogue, tokens: int | None) -> None:
     """The fact of the first question stands at the beginning, those of later ones anywhere."""
     draw = d.draw
-    room = int(16 * (20 ** draw.rng.random())) if tokens is None else max(tokens - 110, 12)
-    count = 1 if draw.chance(0.3) else draw.rng.randint(2, 4 if room < 500 else 8)
+    room = int(16 * (20 ** draw.rng.random())) if tokens is None else tokens - 50
+    count = 1 if draw.chance(0.2) else draw.rng.randint(2, 2 + max(0, min(room // 100, 8)))
     asked: list[Fact] = []
     while len(asked) < count:
         (fact,) = facts(draw, 1)
         if fact.value not in (other.value for other in asked):
             asked.append(fact)
-    room -= sum(cost(str(fact)) + 20 for fact in asked[1:])
+    room -= sum(cost(str(fact)) + 16 for fact in asked[1:])
     texts = _filler(draw, room, [fact.value for fact in asked])
     for fact in asked[1:]:
         texts.insert(draw.rng.randint(0, len(texts)), say(draw, fact))
@@ -148,29 +149,37 @@ def recall(d: Dialogue, tokens: int | None) -> None:
         d.ask(question(draw, fact), fact.value, str(fact))
 
 
+def recall_later(d: Dialogue, interlude: Callable[[], None]) -> None:
+    """The question comes turns after the facts. Values are names, which no turn between them can repeat."""
+    draw = d.draw
+    known = [fact for _ in range(draw.rng.randint(1, 4)) for fact in facts(draw, 1, draw.rng.choice(NAMED))]
+    d.context(" ".join(say(draw, fact) for fact in known))
+    for fact in draw.rng.sample(known, min(len(known), draw.rng.randint(1, 2))):
+        interlude()
+        d.ask(question(draw, fact), fact.value, str(fact))
+
+
 def two_hop(d: Dialogue, tokens: int | None) -> None:
     draw = d.draw
-    relation, attribute = (
-        draw.rng.choice(("friend", "boss")),
-        draw.rng.choice([a for a in ATTRIBUTES if a not in ("friend", "boss")]),
-    )
+    relation, attribute = draw.rng.choice(PEOPLE), draw.rng.choice(THINGS)
     pairs = []
     for _ in range(draw.rng.randint(2, 4)):
         first = Fact(draw.name(), relation, draw.name())
         pairs.append((first, Fact(first.value, attribute, draw.value(attribute))))
     texts = [say(draw, fact) for pair in pairs for fact in pair]
+    asked = draw.rng.randint(1, 2 if tokens is None else len(pairs))
     if tokens is not None:
-        texts += _filler(draw, tokens - 130 - sum(map(cost, texts)), [])
+        texts += _filler(draw, tokens - 60 - 20 * asked - sum(map(cost, texts)), [])
     draw.rng.shuffle(texts)
     d.context(" ".join(texts))
-    for first, second in draw.rng.sample(pairs, draw.rng.randint(1, 2)):
+    for first, second in draw.rng.sample(pairs, asked):
         text = draw.phrase(_HOPS, _HELD_HOPS).format(a=attribute, r=relation, x=first.name)
         d.ask(text, second.value, f"{first} {second}")
 
 
 def multiple_choice(d: Dialogue, tokens: int | None) -> None:
     draw = d.draw
-    attribute = draw.rng.choice([a for a in ATTRIBUTES])
+    attribute = draw.rng.choice(ATTRIBUTES)
     known: list[Fact] = []
     while len(known) < 4:
         (fact,) = facts(draw, 1, attribute)
@@ -229,6 +238,3 @@ def _wrong(draw: Draw, fact: Fact, known: Sequence[Fact]) -> str:
 
 def yes(right: bool) -> str:
     return "yes" if right else "no"
-
-
-RELATIONS = tuple(attribute for attribute in NAMED if attribute in ("friend", "boss"))

@@ -6,7 +6,7 @@ import json
 
 from weft.runtime.embedded.dialogue import Dialogue
 from weft.runtime.embedded.tasks.facts import HELD_QUESTIONS, QUESTIONS, Fact, cost, follow_up
-from weft.runtime.embedded.words import ATTRIBUTES, NUMBERED, Draw
+from weft.runtime.embedded.words import NUMBERED, Draw
 
 _OF_ONE = ("What is the {a}?", "Give the {a}.", "Tell me the {a}.", "I need the {a}.", "{a}?", "Find the {a}.")
 _HELD_OF_ONE = ("Please give me the {a}.", "Tell me what the {a} is.", "Which {a}?")
@@ -24,7 +24,7 @@ def json_extract(d: Dialogue, tokens: int | None) -> None:
         d.context(draw.phrase(_JSON, _HELD_JSON) + _json(draw, record))
         _questions(d, [Fact("", key, value) for key, value in record.items()], _OF_ONE, _HELD_OF_ONE)
         return
-    rows = _rows(draw, keys, tokens)
+    rows = _rows(draw, keys, tokens, 3)
     lines = ",\n".join(_json(draw, row) for row in rows)
     d.context(f"{draw.phrase(_JSON, _HELD_JSON)}[{lines}]")
     _questions(d, _cells(rows), QUESTIONS, HELD_QUESTIONS)
@@ -32,20 +32,21 @@ def json_extract(d: Dialogue, tokens: int | None) -> None:
 
 def table_extract(d: Dialogue, tokens: int | None) -> None:
     draw = d.draw
-    rows = _rows(draw, draw.attributes(draw.rng.randint(1, 4)), tokens)
+    rows = _rows(draw, draw.attributes(draw.rng.randint(1, 4)), tokens, 1)
     bar = draw.phrase((" | ", "|"), (" | ",))
     lines = [bar.join(rows[0]), *(bar.join(row.values()) for row in rows)]
     d.context(draw.phrase(_TABLE, _HELD_TABLE) + "\n".join(lines))
     _questions(d, _cells(rows), QUESTIONS, HELD_QUESTIONS)
 
 
-def _rows(draw: Draw, keys: list[str], tokens: int | None) -> list[dict[str, str]]:
+def _rows(draw: Draw, keys: list[str], tokens: int | None, around: int) -> list[dict[str, str]]:
+    """around: tokens beside each value."""
     count = draw.rng.randint(2, 5)
     rows: list[dict[str, str]] = []
-    room = (tokens or 0) - 110
+    room = (tokens or 0) - 90
     while len(rows) < count or room > 0:
         rows.append({"name": draw.name()} | {key: draw.value(key) for key in keys})
-        room -= cost(json.dumps(rows[-1]))
+        room -= sum(cost(value) + around for value in rows[-1].values())
     return rows
 
 
@@ -65,5 +66,5 @@ def _questions(d: Dialogue, cells: list[Fact], train: tuple[str, ...], held: tup
         text = draw.phrase(train, held).format(a=cell.attribute, x=cell.name)
         d.ask(text, cell.value, f"{where} {cell.value}.")
         if draw.chance(0.15):
-            others = [other.value for other in cells if other.attribute in (cell.attribute, *ATTRIBUTES[:0])]
+            others = [other.value for other in cells if other.attribute == cell.attribute]
             follow_up(d, cell, others or [cell.value])
