@@ -321,9 +321,12 @@ class Core:
         self.emit(failure(call.id, error))
 
     def _forget(self, call: Call) -> None:
+        """Tokens appended behind it join the history, or wait for the call before it if that still runs."""
         del self.calls[call.id]
-        call.sequence.calls.remove(call)
-        call.sequence.tokens.extend(call.then_extend)
+        sequence = call.sequence
+        place = sequence.calls.index(call)
+        (sequence.calls[place - 1].then_extend if place else sequence.tokens).extend(call.then_extend)
+        del sequence.calls[place]
 
 
 def failure(call: int, error: WeftError) -> m.Failed:

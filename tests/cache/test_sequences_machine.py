@@ -1,7 +1,6 @@
 """Any interleaving of opening, appending, forking and closing gives the logits of a cold run.
 
-Between steps, memory that nobody holds is filled with NaN (slot state, which is multiplied by zero
-when it is not wanted, with a huge number), so reading what is not one's own shows.
+Between steps, memory that nobody holds is filled with NaN, so reading what is not one's own shows.
 """
 
 from __future__ import annotations
@@ -16,15 +15,14 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from torch import Tensor
 
 from support.engine import free, small_model, some_tokens
+from support.pools import poison
 from support.run import pools_for, step
-from weft.kernels.kv_rows import DenseRows, Fp4Keys, Fp8Keys, Fp8KvRows, Rows
 from weft.runtime.cache.capacity import KINDS, TOKENS_PER_ROW, IndexFormat, KvFormat, PageKind, PoolSizes
 from weft.runtime.cache.pools import Pools
 from weft.runtime.cache.sequence import SequenceState
 
 MODEL = small_model(0, 4, 128)
 CONTEXT, SLOTS = 400, 5
-HUGE = 1e30
 LENGTHS = st.integers(1, 5) | st.sampled_from((15, 16, 17, 127, 128, 129)) | st.integers(1, 160)
 
 
@@ -139,31 +137,6 @@ def bits(state: SequenceState) -> list[Tensor]:
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(own, other) for own, other in zip(a, b, strict=True))
-
-
-def poison(pools: Pools) -> None:
-    """Overwrite every row and slot that nobody holds, but for the null row."""
-    layers = [*pools.config.layer_kinds, *(["window"] if pools.config.has_mtp else [])]
-    for kind, allocator in pools.allocators.items():
-        pages = torch.tensor(allocator._free, dtype=torch.int64)
-        first = pools.base[kind] // pools.sizes.page
-        for kv, layer in zip(pools.kv, layers, strict=True):
-            if kind == "window" or layer == f"{kind}a":
-                ruin(kv, pages + first, pools.sizes.page)
-        for keys in pools.index_keys if kind == "c4" else ():
-            ruin(keys, pages, pools.sizes.page)
-    slots = pools._free_slots
-    for tensor in (pools.c4_tail, pools.c128_fold):
-        tensor[:, slots] = HUGE
-    pools.streams[slots] = HUGE
-
-
-def ruin(rows: Rows, pages: Tensor, size: int) -> None:
-    if isinstance(rows, DenseRows):
-        rows.tensor.view(-1, size, rows.tensor.shape[1])[pages] = torch.nan
-    else:
-        assert isinstance(rows, Fp8KvRows | Fp8Keys | Fp4Keys)
-        rows.bytes[pages] = 0xFF  # NaN as e4m3, as a power-of-two scale and as a float32 one
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,33 @@ def test_appended_tokens_outlive_the_call_they_waited_for() -> None:
         finish(work(engine))
 
 
+def test_appended_tokens_wait_for_calls_that_a_cancelled_one_was_behind() -> None:
+    """The first call still draws when the second, which they were appended behind, is cancelled."""
+    gate = Gate()
+
+    async def work(engine: Engine) -> None:
+        with engine.open(PROMPT) as sequence:
+            first = asyncio.ensure_future(sequence.complete(PARAMS))
+            await until(lambda: len(gate.steps) >= 2)
+            gate.shut()
+            second = asyncio.ensure_future(sequence.complete(PARAMS))
+            await asyncio.sleep(0)
+            sequence.extend([9, 10])
+            third = asyncio.ensure_future(sequence.complete(PARAMS))
+            await asyncio.sleep(0)
+            second.cancel()
+            await asyncio.sleep(0)
+            gate.open()
+            output = (await first).tokens
+            assert output == drawn_again(PROMPT, output, PARAMS)
+            history = [*PROMPT, *output, 9, 10]
+            output = (await third).tokens
+            assert output == drawn_again(history, output, PARAMS)
+
+    with running(gate) as engine:
+        finish(work(engine))
+
+
 # -- truncation ----------------------------------------------------------------------------------------
 
 

@@ -38,6 +38,7 @@ T = TypeVar("T")
 SECONDS = 30.0  # after which a wait has failed
 VOCABULARY = 272  # the byte tokenizer defines 265 of them
 EOS = 1
+UNPAGED = 1024  # a page that holds all of a sequence
 
 
 def small_config(*ratios: int, mtp: bool = True) -> ModelConfig:
@@ -89,8 +90,8 @@ def some_tokens(count: int, seed: int = 0) -> list[int]:
 
 
 def drawn_again(prompt: Sequence[int], output: Sequence[int], params: SamplingParams) -> list[int]:
-    """The tokens that sampling picks from the logits of one cold run, given those before them."""
-    logits = run(small_model(), [*prompt, *output[:-1]])[len(prompt) - 1 :]
+    """The tokens that sampling picks from the logits of one cold, unpaged run, given those before them."""
+    logits = run(small_model(), [*prompt, *output[:-1]], page=UNPAGED)[len(prompt) - 1 :]
     counts: dict[int, int] = {}
     draws = []
     for i, token in enumerate(output):
