@@ -16,15 +16,14 @@ import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
 
 from weft.runtime.embedded import data
-from weft.runtime.embedded.dialogue import Example
 from weft.runtime.embedded.encoding import frame, segments
-from weft.runtime.embedded.words import ATTRIBUTES, VALUES
+from weft.runtime.embedded.words import ATTRIBUTES, SYLLABLES, VALUES
 from weft.runtime.text.tokens import LEADING, TRAILING
 
 SIZE = 2048
@@ -67,34 +66,42 @@ _NEVER_GLUED = frozenset((*VALUES, *ATTRIBUTES, "name", "I"))
 
 
 def make() -> str:
-    """The text of tokenizer.json; the same bytes every time."""
-    examples = [[text for text, control in segments(example) if not control] for example in _corpus()]
-    words = _words(examples)
-    texts = [text for example in examples for text in example]
+    """The text of tokenizer.json; the same bytes every time.
+
+    Every piece counts once, however often it occurs: new numbers of examples or new phrasings of the same words
+    change nothing.
+    """
+    words, glued = _words(_corpus())
     literals = _literals()
-    base = _backend(_pattern(words, ()), {}, [])
+    plain = _pattern(words, glued, ())
+    pieces = sorted({*words, *(f" {word}" for word in glued), *SYLLABLES, *map(str.capitalize, SYLLABLES)})
+    base = _backend(plain, {}, [])
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=SIZE, min_frequency=2, initial_alphabet=_alphabet(), show_progress=False
+        vocab_size=SIZE, min_frequency=1, initial_alphabet=_alphabet(), show_progress=False
     )
-    base.train_from_iterator(texts, trainer)
+    base.train_from_iterator(pieces, trainer)
     merges = [tuple(pair) for pair in json.loads(base.to_str())["model"]["merges"]]
     for count in range(len(merges), 0, -1):
-        joined = _joins(literals, _pattern(words, ()), merges[:count])
+        joined = _joins(literals, merges[:count])
         if len(LEADING) + len(TRAILING) + 256 + count + len(joined) <= SIZE:
             break
-    return _with_specials(_pattern(words, literals), [*merges[:count], *joined])
+    return _with_specials(_pattern(words, glued, literals), [*merges[:count], *joined])
 
 
-def _corpus() -> Iterator[Example]:
+def _corpus() -> Iterator[list[str]]:
+    """The texts of each example."""
     for i in range(_EXAMPLES):
-        yield data.make(data.TASKS[i % len(data.TASKS)], "train", random.Random(f"tokenizer {i}"))
+        example = data.make(data.TASKS[i % len(data.TASKS)], "train", random.Random(f"tokenizer {i}"))
+        yield [text for text, control in segments(example) if not control]
 
 
-def _words(examples: Iterable[list[str]]) -> list[str]:
-    """Those of phrasings, and the values of fixed lists. Longer ones first, as a pattern needs them."""
-    counts = Counter(word for texts in examples for word in set(re.findall("[A-Za-z]+", " ".join(texts))))
-    common = {word for word, count in counts.items() if count >= _COMMON and len(word) > 1}
-    return sorted({*common, *VALUES, *ATTRIBUTES, "a"}, key=lambda word: (-len(word), word))
+def _words(examples: Iterable[list[str]]) -> tuple[list[str], list[str]]:
+    """Those of phrasings and the values of fixed lists, and of the former those that follow a space."""
+    counts = Counter(word for texts in examples for word in set(re.findall(" ?[A-Za-z]+", "\n".join(texts))))
+    common = {word for word, count in counts.items() if count >= _COMMON and len(word.lstrip()) > 1}
+    glued = {word[1:] for word in (*common, " a") if word[0] == " "} - _NEVER_GLUED
+    alone = {word for word in common if word[0] != " "} | VALUES | {*ATTRIBUTES}
+    return sorted(alone), sorted(glued)
 
 
 def _literals() -> list[str]:
@@ -102,13 +109,15 @@ def _literals() -> list[str]:
     return sorted({*found, *_TAGS}, key=lambda text: (-len(text), text))
 
 
-def _pattern(words: Iterable[str], literals: Iterable[str]) -> str:
-    glued = "|".join(word for word in words if word not in _NEVER_GLUED)
-    alone = "|".join(words)
+def _pattern(words: Sequence[str], glued: Sequence[str], literals: Sequence[str]) -> str:
     fixed = [re.escape(text) for text in literals]
-    return "|".join(
-        (*fixed, f" (?:{glued})(?![A-Za-z])", f"(?<![A-Za-z])(?:{alone})(?![A-Za-z])", _SYLLABLE, r"\n\n|[\s\S]")
-    )
+    spaced = f" (?:{_any(glued)})(?![A-Za-z])"
+    alone = f"(?<![A-Za-z])(?:{_any(words)})(?![A-Za-z])"
+    return "|".join((*fixed, spaced, alone, _SYLLABLE, r"\n\n|[\s\S]"))
+
+
+def _any(words: Sequence[str]) -> str:
+    return "|".join(sorted(words, key=lambda word: (-len(word), word)))
 
 
 def _alphabet() -> list[str]:
@@ -134,9 +143,11 @@ def _vocabulary(merges: Iterable[tuple[str, str]]) -> dict[str, int]:
     return {token: id for id, token in enumerate(tokens)}
 
 
-def _joins(literals: list[str], pattern: str, merges: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Merges of whole pieces that make each literal one token: again the most frequent pair first."""
-    backend = _backend(pattern, _vocabulary(merges), merges)
+def _joins(literals: list[str], merges: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """More merges, which make each literal one token: again the most frequent pair first. A literal is one piece,
+    so the merges of words are applied to it across its words.
+    """
+    backend = _backend(r"[\s\S]+", _vocabulary(merges), merges)
     lines = [backend.encode(text).tokens for text in literals]
     joined: list[tuple[str, str]] = []
     while True:

@@ -320,7 +320,7 @@ def test_chance_is_what_the_most_frequent_answer_scores() -> None:
             if scored.task == task
         ]
         most = max(given.count(answer) for answer in {*given} - {None}) / len(given)
-        assert abs(most - data.chance(task)) < 0.07, (task, most)
+        assert abs(most - data.chance(task)) < 0.05, (task, most)
 
 
 def test_data_does_not_load_torch() -> None:

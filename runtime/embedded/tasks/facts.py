@@ -167,7 +167,8 @@ def two_hop(d: Dialogue, tokens: int | None) -> None:
         first = Fact(draw.name(), relation, draw.name())
         pairs.append((first, Fact(first.value, attribute, draw.value(attribute))))
     texts = [say(draw, fact) for pair in pairs for fact in pair]
-    asked = draw.rng.randint(1, 2 if tokens is None else len(pairs))
+    # Only the last turn of a dialogue thinks, and two hops in the head are hard.
+    asked = 1 if d.thinking else draw.rng.randint(1, 2 if tokens is None else len(pairs))
     if tokens is not None:
         texts += _filler(draw, tokens - 60 - 20 * asked - sum(map(cost, texts)), [])
     draw.rng.shuffle(texts)
