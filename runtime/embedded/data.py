@@ -61,8 +61,8 @@ def make(
 ) -> Example:
     """One dialogue whose last task is `task`.
 
-    tokens: for `LONG_TASKS`, how long the dialogue is to be: up to a tenth less, from 1,000 on. In recall the fact
-    first asked for then stands at its beginning. plain: no turns of other tasks before.
+    tokens: for `LONG_TASKS`, how long the dialogue is to be: up to a seventh less, from 1,000 on. In recall the
+    fact first asked for then stands at its beginning. plain: no turns of other tasks before.
     """
     draw = Draw(split, rng)
     d = Dialogue(draw, task, thinking=draw.chance(0.7 if task in _BETTER_THOUGHT else 0.4))
