@@ -1,8 +1,8 @@
 """A core in its own process: same results as in a thread, and what happens when it dies."""
 
 import asyncio
+import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 
 from support.engine import small_config
+from support.tree import ROOT
 from weft.runtime.cache.capacity import PoolSizes
 from weft.runtime.checkpoint.dummy import write_dummy_checkpoint
 from weft.runtime.decoding.params import SamplingParams
 from weft.runtime.engine.config import CoreLimits, EngineConfig
 from weft.runtime.engine.front import Engine
 from weft.runtime.engine.link import ProcessLink
-from weft.runtime.errors import Cancelled, ConfigError, DeadlineExceeded, EngineDead, Overloaded, WeftError
+from weft.runtime.errors import Cancelled, ConfigError, DeadlineExceeded, EngineDead
 from weft.runtime.text.tokenizer import byte_tokenizer_json
 
 CONFIG = EngineConfig(
@@ -152,59 +153,19 @@ def test_the_front_of_a_process_does_not_import_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-async def one_request(engine: Engine, draw: random.Random) -> str:
-    """A random request with a random fate; returns how it ended."""
-    prompt = PROMPT * draw.randint(1, 20)
-    params = SamplingParams(max_tokens=draw.choice((1, 5, 30, 200)), seed=1, ignore_eos=True)
-    fate = draw.random()
-    try:
-        if fate < 0.25:
-            await engine.generate(prompt, params, deadline=draw.choice((0.001, 0.05, 0.3)))
-        elif fate < 0.5:
-            async with asyncio.timeout(draw.choice((0.001, 0.05, 0.3))):
-                await engine.generate(prompt, params)
-        else:
-            await engine.generate(prompt, params)
-    except TimeoutError:
-        return "cancelled"
-    except WeftError as error:
-        return type(error).__name__
-    return "done"
+def storm(*options: str) -> None:
+    """It checks by itself that nothing hangs or is left behind."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "storm.py"), "--print", *options]
+    found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=580)
+    assert found.returncode == 0, found.stderr
+    figures = json.loads(found.stdout)
+    assert figures["killed"]["ends"]["done"] > figures["requests"] // 20
 
 
-async def storm(engine: Engine, requests: int, kills: int, seed: int) -> dict[str, int]:
-    draw = random.Random(seed)
-    ends: dict[str, int] = {}
-    gate = asyncio.Semaphore(24)
-
-    async def guarded() -> None:
-        async with gate:
-            end = await one_request(engine, draw)
-            ends[end] = ends.get(end, 0) + 1
-
-    tasks = [asyncio.create_task(guarded()) for _ in range(requests)]
-    for kill_at in [requests * (i + 1) // (kills + 1) for i in range(kills)]:
-        while sum(ends.values()) < kill_at:
-            await asyncio.sleep(0.01)
-        kill(engine)
-    await asyncio.gather(*tasks)
-    return ends
-
-
-def check_storm(engine: Engine, requests: int, kills: int) -> None:
-    ends = asyncio.run(asyncio.wait_for(storm(engine, requests, kills, seed=kills), 580))
-    allowed = {"done", "cancelled", "DeadlineExceeded", "EngineDead", Overloaded.__name__}
-    assert set(ends) <= allowed and sum(ends.values()) == requests
-    assert ends["done"] > requests // 20
-    assert not engine._calls
-    # All slots and pages are back: a history as long as the pools allow fits again.
-    assert len(wait(engine.generate([5] * 2000, GREEDY)).tokens) == 20
-
-
-def test_requests_with_random_ends_and_kills(engine: Engine) -> None:
-    check_storm(engine, requests=80, kills=2)
+def test_requests_with_random_ends_and_kills() -> None:
+    storm("--requests", "30", "--kills", "1")
 
 
 @pytest.mark.slow
-def test_a_thousand_requests_with_random_ends_and_kills(engine: Engine) -> None:
-    check_storm(engine, requests=1000, kills=10)
+def test_a_thousand_requests_with_random_ends_and_kills() -> None:
+    storm("--requests", "1000", "--kills", "10")
