@@ -1,6 +1,8 @@
 """A core in its own process: same results as in a thread, and what happens when it dies."""
 
 import asyncio
+import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -57,20 +59,46 @@ def kill(engine: Engine) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def test_a_process_gives_what_a_thread_gives(engine: Engine, checkpoint: Path) -> None:
-    async def everything(engine: Engine) -> Any:
-        plain = await engine.generate(PROMPT, GREEDY)
-        warm = await engine.generate(PROMPT * 20, SamplingParams(max_tokens=30, seed=7, top_p=0.9, logprobs=2))
-        with engine.open(PROMPT) as sequence:
-            scores = await sequence.score([[97, 98], [99]], top=1)
-            child = (await sequence.fork())[0]
-            child.extend("and then")
-            forked = await child.complete(GREEDY)
-            child.close()
-        return plain.tokens, warm.tokens, warm.text, warm.logprobs, scores, forked.tokens
+async def everything(engine: Engine) -> Any:
+    plain = await engine.generate(PROMPT, GREEDY)
+    warm = await engine.generate(PROMPT * 20, SamplingParams(max_tokens=30, seed=7, top_p=0.9, logprobs=2))
+    with engine.open(PROMPT) as sequence:
+        scores = await sequence.score([[97, 98], [99]], top=1)
+        child = (await sequence.fork())[0]
+        child.extend("and then")
+        forked = await child.complete(GREEDY)
+        child.close()
+    return plain.tokens, warm.tokens, warm.text, warm.logprobs, scores, forked.tokens
 
+
+def test_a_process_gives_what_a_thread_gives(engine: Engine, checkpoint: Path) -> None:
     with Engine(checkpoint, config=CONFIG) as thread:
         assert wait(everything(engine)) == wait(everything(thread))
+
+
+def test_among_cancelled_calls_and_on_other_pages(checkpoint: Path) -> None:
+    """A process with pages of 1, where others come and go, gives the bits of a quiet thread with pages of 64."""
+
+    async def leaving(engine: Engine, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await engine.sample(PROMPT * 9, ENDLESS, 2)
+
+    async def crowded(engine: Engine) -> Any:
+        others = [asyncio.create_task(leaving(engine, 0.01 + 0.03 * i)) for i in range(8)]
+        found = await everything(engine)
+        for task in others:
+            await task
+        return found
+
+    def config(page: int) -> EngineConfig:
+        return dataclasses.replace(CONFIG, pools=dataclasses.replace(CONFIG.pools, page=page, slots=30))
+
+    with (
+        Engine(checkpoint, config=config(1), process=True) as process,
+        Engine(checkpoint, config=config(64)) as thread,
+    ):
+        assert wait(crowded(process)) == wait(everything(thread))
 
 
 def test_a_dead_core_fails_waiting_calls_at_once_and_is_replaced(engine: Engine) -> None:

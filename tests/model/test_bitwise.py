@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from support import hf
+from support.engine import UNPAGED, small_model, some_tokens
 from support.run import pools_for, run, run_together, step
 from weft.runtime.cache.sequence import SequenceState
 from weft.runtime.config import preset
@@ -57,6 +58,15 @@ def test_page_size_changes_nothing(page: int) -> None:
     model = model_of(0)
     ids = tokens(model, 300)
     assert torch.equal(run(model, ids, 33, page=page), run(model, ids, page=16))
+
+
+def test_no_page_size_from_1_to_64_changes_anything() -> None:
+    """Beside a run whose pages hold everything, on a model small enough to try them all."""
+    model = small_model(0, 4, 128)
+    ids = some_tokens(300)
+    unpaged = run(model, ids, page=UNPAGED)
+    for page in range(1, 65):
+        assert torch.equal(run(model, ids, (100, 1, 129, 7, 300), page=page), unpaged), page
 
 
 def test_two_threads_give_the_same_invariance() -> None:
