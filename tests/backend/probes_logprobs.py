@@ -61,7 +61,7 @@ def probe_top_logprobs(rig: Rig) -> None:
     tokens = [*rig.prompt(QUESTION), *drawn(rig)]
     table = torch.log_softmax(run(rig.model, tokens), -1)
     for i, top in enumerate(tops):
-        values, ids = table[len(tokens) - 5 + i - 1].topk(3)
+        values, ids = table[len(tokens) - 5 + i - 1, : rig.engine.tokenizer.size].topk(3)
         same([token for _, token, _ in top], ids.tolist())
         close([logprob for logprob, _, _ in top], values.tolist())
 
