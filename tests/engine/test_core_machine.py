@@ -158,7 +158,7 @@ class Messages(RuleBasedStateMachine):
             self.book.finish()
 
 
-@pytest.mark.parametrize("examples", [30, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [30, pytest.param(400, marks=pytest.mark.slow)])
 def test_messages(examples: int) -> None:
     skipped = [HealthCheck.too_slow, HealthCheck.filter_too_much]
     run_state_machine_as_test(
