@@ -200,7 +200,7 @@ async def kill(engine: front.Engine) -> Death:
 
 async def both(engine: front.Engine, requests: int, kills: int, seed: int) -> dict[str, Any]:
     """Each storm between two rests. The core at the end of the second is another than at its beginning."""
-    await storm(engine, max(20, requests // 5), 0, seed + 1)  # buffers and caches find their size
+    await storm(engine, max(10, requests // 5), 0, seed + 1)  # buffers and caches find their size
     figures: dict[str, Any] = {"requests": requests, "at_once": AT_ONCE, "before": await at_rest(engine)}
     for name, deaths in (("calm", 0), ("killed", kills)):
         figures[name] = await storm(engine, requests, deaths, seed)
