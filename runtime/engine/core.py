@@ -158,10 +158,17 @@ class Core:
         self._advance()
         active = sorted(self._heads(), key=lambda call: call.id)
         work = self._schedule(active)
+        while active and not work:
+            served = self._take_memory(active)
+            if served is None:
+                stuck = next((call for call in active if call.sequence.state is not None), active[0])
+                self._fail(stuck, Overloaded("no KV memory left and no running call will free any"))
+                return
+            if any(isinstance(call, ForkCall) and not call.pending() and self._can_fork(call) for call in served):
+                return  # the next step begins with it
+            active = served
+            work = self._schedule(active)
         if not work:
-            if active and not self._take_memory(active):
-                waiting = [call for call in active if not call.pending()] or active
-                self._fail(waiting[-1], Overloaded("no KV memory left and no running call will free any"))
             return
         for item, rows, previous in zip(work, *self._forward(work), strict=True):
             item.call.ran(item.tokens, rows, previous, self.model)
@@ -192,21 +199,22 @@ class Core:
                 budget -= count
         return work
 
-    def _take_memory(self, active: list[Call]) -> bool:
+    def _take_memory(self, active: list[Call]) -> list[Call] | None:
         """Free the KV of a sequence without calls, else of the youngest call that holds any beside an older one.
 
         The sequence keeps its tokens, and they are computed again, to the same bits, when it has a call whose
-        turn has come. False if nothing is left to take.
+        turn has come. Returns the calls that this is for: the victim would only fill it again. None if nothing is
+        left to take.
         """
         idle = [s for s in self.sequences.values() if s.state is not None and not s.calls]
         holders = [call.sequence for call in active if call.sequence.state is not None]
         chosen = idle[0] if idle else holders[-1] if len(holders) > 1 else None
         if chosen is None:
-            return False
+            return None
         assert chosen.state is not None
         chosen.state.close()
         chosen.state = None
-        return True
+        return active[: active.index(chosen.calls[0])] if chosen.calls else active
 
     def _expire(self) -> None:
         """End the calls whose deadline has passed, running or queued."""

@@ -256,6 +256,28 @@ def test_children_that_cannot_all_go_on() -> None:
         assert 0 in finished(finish(work(engine)), [prompt] * 3, params)
 
 
+def test_a_fork_that_waits_for_slots_does_not_keep_memory_from_older_calls() -> None:
+    """It is the youngest, so it gives way, and must not be computed again before they have moved."""
+    gate = Gate()
+    params = SamplingParams(max_tokens=60, seed=1, ignore_eos=True)
+    prompts = [some_tokens(40, seed) for seed in range(3)]
+
+    async def work(engine: Engine) -> None:
+        gate.shut()
+        older = [asyncio.ensure_future(engine.generate(prompt, params)) for prompt in prompts]
+        await until(lambda: bool(gate.steps))
+        with engine.open(some_tokens(3)) as parent:
+            forking = asyncio.ensure_future(parent.fork(2))
+            await asyncio.sleep(0)
+            gate.open()
+            assert finished(await outcomes(*older), prompts, params) == [0, 1, 2]
+            for child in await forking:
+                child.close()
+
+    with running(gate, **TIGHT | {"slots": 4}) as engine:
+        finish(work(engine))
+
+
 # -- the queue -----------------------------------------------------------------------------------------
 
 
