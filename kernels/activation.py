@@ -7,31 +7,33 @@ written with those.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from weft.kernels.constant import constant
+from weft.kernels.linear import Array
+
+# exp of more would overflow, which numpy warns of; 1 / (1 + exp) is below the least normal number from here on.
+_LARGEST = 88.0
 
 
-def sigmoid(x: Tensor) -> Tensor:
-    """1 / (1 + exp(-x)); float32 in, float32 out."""
-    return torch.exp(-x).add_(constant(1.0)).reciprocal_()
+def sigmoid_(minus: Array, top: Array) -> Array:
+    """top * sigmoid(-minus), in the place of minus."""
+    np.minimum(minus, constant(_LARGEST), out=minus)
+    np.exp(minus, minus)
+    minus += constant(1.0)
+    return np.divide(top, minus, minus)
 
 
-def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)) without overflow."""
-    return x.clamp_min(0) + torch.log1p(torch.exp(-x.abs()))
+def sqrt_softplus(x: Array) -> Array:
+    """The V4 router's scoring function: the root of log(1 + exp(x)), without overflow."""
+    out = np.logaddexp(x, constant(0.0))
+    return np.sqrt(out, out)
 
 
-def sqrt_softplus(x: Tensor) -> Tensor:
-    """The V4 router's scoring function."""
-    return torch.sqrt(softplus(x))
-
-
-def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
-    """silu(min(gate, limit)) * clamp(up, -limit, limit), in float32.
-
-    gate, up: [T, I] of any float dtype -> [T, I] float32.
-    """
-    gate = gate.float().clamp_max(limit)
-    return gate * sigmoid(gate) * up.float().clamp(-limit, limit)
+def swiglu(gate: Array, up: Array, limit: float) -> Array:
+    """silu(min(gate, limit)) * clamp(up, -limit, limit): [T, I] each, float32."""
+    gate = np.minimum(gate, constant(limit))
+    up = np.minimum(up, constant(limit))
+    np.maximum(up, constant(-limit), out=up)
+    up *= sigmoid_(-gate, gate)
+    return up

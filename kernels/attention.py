@@ -10,11 +10,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from weft.kernels.constant import constant
 from weft.kernels.kv_rows import Rows
+from weft.kernels.linear import Array, Index
+
+NEG_INF = np.float32("-inf")
 
 # Gathered keys of one block of queries; the block size does not change the result.
 _BLOCK_BYTES = 64 << 20
@@ -24,67 +28,60 @@ _BLOCK_BYTES = 64 << 20
 class KeyList:
     """The KV rows each query attends to.
 
-    index: [T, N] int64 rows of the pool, 0 where there is no key (row 0 of a pool is never used and stays 0).
+    index: [T * N] int64 rows of the pool, 0 where there is no key (row 0 of a pool is never used and stays 0).
     bias: [T, 1, N] float32, 0 or -inf where there is no key.
     tile: keys summed at a time; N is a multiple of it.
     """
 
     index: Tensor
-    bias: Tensor
+    bias: Array
     tile: int
 
     @classmethod
-    def of(cls, index: Tensor, tile: int) -> KeyList:
-        """From an index with -1 where there is no key."""
+    def of(cls, index: Index, tile: int) -> KeyList:
+        """From an index [T, N] with -1 where there is no key."""
         assert index.shape[1] % tile == 0, (index.shape, tile)
-        bias = torch.zeros(index.shape).masked_fill_(index < 0, float("-inf"))
-        return cls(index.clamp_min(0), bias[:, None], tile)
+        bias = np.where(index < 0, NEG_INF, np.float32(0))
+        return cls(torch.from_numpy(np.maximum(index, 0).reshape(-1)), bias[:, None], tile)
 
 
-def sparse_attention(q: Tensor, pool: Rows, keys: KeyList, sink: Tensor, scale: float) -> Tensor:
+def sparse_attention(q: Array, pool: Rows, keys: KeyList, sink: Array, scale: float) -> Array:
     """softmax over the listed keys and one sink logit per head, times the rows themselves.
 
-    q: [T, H, d] float32; pool: rows of width d; sink: [H] float32 (in the denominator only).
-    Returns [T, H, d] float32. A query without keys gives zeros.
+    q: [T, H, d]; pool: rows of width d; sink: [H] (in the denominator only). Returns [T, H, d]. A query without
+    keys gives zeros.
     """
     tokens, _, dim = q.shape
-    assert keys.index.shape[0] == tokens
-    if tokens == 0:
-        return torch.zeros_like(q)
-    block = max(1, _BLOCK_BYTES // (4 * dim * max(1, keys.index.shape[1])))
+    width = keys.bias.shape[2]
+    assert len(keys.bias) == tokens
+    block = max(1, _BLOCK_BYTES // (4 * dim * max(1, width)))
     if tokens <= block:
         return _attend(q, pool, keys.index, keys.bias, keys.tile, sink, scale)
-    parts = [
-        _attend(
-            q[i : i + block],
-            pool,
-            keys.index[i : i + block],
-            keys.bias[i : i + block],
-            keys.tile,
-            sink,
-            scale,
-        )
-        for i in range(0, tokens, block)
-    ]
-    return torch.cat(parts)
+    out = np.empty_like(q)
+    for i in range(0, tokens, block):
+        index, bias = keys.index[i * width : (i + block) * width], keys.bias[i : i + block]
+        out[i : i + block] = _attend(q[i : i + block], pool, index, bias, keys.tile, sink, scale)
+    return out
 
 
-def _attend(q: Tensor, pool: Rows, index: Tensor, bias: Tensor, tile: int, sink: Tensor, scale: float) -> Tensor:
-    tokens, width = index.shape
-    rows = pool.gather(index.view(-1)).view(tokens, width, -1)
-    tiles = rows.split(tile, dim=1)
-    scores = [torch.bmm(q, part.transpose(1, 2)) for part in tiles]
-    logits = scores[0] if len(tiles) == 1 else torch.cat(scores, dim=2)
-    logits = logits.mul_(constant(scale)).add_(bias)
-    sink = sink[:, None].expand(tokens, -1, 1)
+def _attend(q: Array, pool: Rows, index: Tensor, bias: Array, tile: int, sink: Array, scale: float) -> Array:
+    tokens, _, width = bias.shape
+    rows: Array = pool.gather(index).numpy().reshape(tokens, width, -1)
+    tiles = [slice(i, i + tile) for i in range(0, width, tile)]
+    logits = np.empty((*q.shape[:2], width), np.float32)
+    for part in tiles:
+        np.matmul(q, rows[:, part].swapaxes(1, 2), out=logits[:, :, part])
+    logits *= constant(scale)
+    logits += bias
     # The maximum is exact in any order, so one global maximum needs no rescaling between tiles.
-    top = torch.maximum(logits.amax(-1, keepdim=True), sink)
-    weights = logits.sub_(top).exp_()
-    total = torch.exp(sink - top)
-    out: Tensor | None = None
-    for part, p in zip(tiles, weights.split(tile, dim=2), strict=True):
-        total = total + p.sum(-1, keepdim=True)
-        value = torch.bmm(p, part)
-        out = value if out is None else out + value
-    assert out is not None
-    return out / total
+    top = np.maximum(np.maximum.reduce(logits, axis=2, keepdims=True), sink[:, None])
+    logits -= top
+    weights = np.exp(logits, out=logits)
+    total = np.exp(sink[:, None] - top)
+    out = np.zeros(q.shape, np.float32)
+    for part in tiles:
+        p = weights[:, :, part]
+        total += np.add.reduce(p, axis=2, keepdims=True)
+        out += p @ rows[:, part]
+    out /= total
+    return out

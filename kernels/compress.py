@@ -10,26 +10,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
+from weft.kernels.linear import Array, Index
 from weft.kernels.reduce import halving_sum
 
-NEG_INF = float("-inf")
+NEG_INF = np.float32("-inf")
+# The state of a group without rows: (max, sum, weighted sum).
+_FRESH = np.array([[NEG_INF], [0], [0]], np.float32)
 
 
-def pool_c4(values: Tensor, scores: Tensor, first: Tensor) -> Tensor:
+def pool_c4(values: Array, scores: Array, first: NDArray[np.bool_]) -> Array:
     """Overlapping windows of 8 rows -> one entry each.
 
-    values, scores: [E, 8, 2d] float32, rows 0..3 the previous window, 4..7 the current one.
-    first: [E] bool, True where there is no previous window (entry 0). Returns [E, d] float32.
+    values, scores: [E, 8, 2d], rows 0..3 the previous window, 4..7 the current one.
+    first: [E] bool, True where there is no previous window (entry 0). Returns [E, d].
     """
     dim = values.shape[-1] // 2
-    value = torch.cat((values[:, :4, :dim], values[:, 4:, dim:]), 1)
-    score = torch.cat((scores[:, :4, :dim], scores[:, 4:, dim:]), 1)
-    score[:, :4].masked_fill_(first[:, None, None], NEG_INF)
-    weight = torch.exp(score - score.amax(1, keepdim=True))
-    return halving_sum(weight * value) / halving_sum(weight)
+    value = np.concatenate((values[:, :4, :dim], values[:, 4:, dim:]), 1)
+    score = np.concatenate((scores[:, :4, :dim], scores[:, 4:, dim:]), 1)
+    score[:, :4][first] = NEG_INF
+    score -= np.maximum.reduce(score, axis=1, keepdims=True)
+    weight = np.exp(score, out=score)
+    value *= weight
+    return halving_sum(value) / halving_sum(weight)
 
 
 @dataclass(frozen=True)
@@ -37,38 +42,37 @@ class FoldPlan:
     """Which rows of a chunk each open group takes, in order.
 
     Groups are sorted by how many rows they take, most first: step i feeds `rows[i]` to the first len(rows[i])
-    groups. slot: [G] int64 state slot of each group's sequence. fresh: [G] bool, the group starts here.
-    closed: [n] int64 groups complete at the end of the chunk; opened: [m] int64 those still open.
+    groups. slot: [G] state slot of each group's sequence. fresh: [G] bool, the group starts here.
+    closed: [n] groups complete at the end of the chunk; opened: [m] those still open.
     """
 
-    rows: tuple[Tensor, ...]
-    slot: Tensor
-    fresh: Tensor
-    closed: Tensor
-    opened: Tensor
+    rows: tuple[Index, ...]
+    slot: Index
+    fresh: NDArray[np.bool_]
+    closed: Index
+    opened: Index
 
 
-def fold_c128(values: Tensor, scores: Tensor, state: Tensor, plan: FoldPlan) -> Tensor:
+def fold_c128(values: Array, scores: Array, state: Array, plan: FoldPlan) -> Array:
     """Fold a chunk into the open groups; return the entries of the groups it completes.
 
-    values, scores: [T, d] float32. state: [slots, 3, d] float32 running (max, sum, weighted sum); the slots of
-    groups still open are updated in place. Returns [len(plan.closed), d] float32 in the order of plan.closed.
+    values, scores: [T, d]. state: [slots, 3, d] running (max, sum, weighted sum); the slots of groups still open
+    are updated in place. Returns [len(plan.closed), d] in the order of plan.closed.
     """
-    start = state[plan.slot]
-    fresh = plan.fresh[:, None]
-    top = start[:, 0].masked_fill(fresh, NEG_INF)
-    total = start[:, 1].masked_fill(fresh, 0.0)
-    pooled = start[:, 2].masked_fill(fresh, 0.0)
+    groups = state[plan.slot]
+    groups[plan.fresh] = _FRESH
     for rows in plan.rows:
-        n = rows.shape[0]
-        score, value = scores[rows], values[rows]
-        higher = torch.maximum(top[:n], score)
-        decay = torch.exp(top[:n] - higher)
-        weight = torch.exp(score - higher)
-        total[:n] = total[:n] * decay + weight
-        pooled[:n] = pooled[:n] * decay + weight * value
-        top[:n] = higher
-    if plan.opened.numel():
-        kept = torch.stack((top, total, pooled), 1)
-        state[plan.slot[plan.opened]] = kept[plan.opened]
-    return pooled[plan.closed] / total[plan.closed]
+        score, value, open_ = scores[rows], values[rows], groups[: len(rows)]
+        higher = np.maximum(open_[:, 0], score)
+        decay = np.exp(open_[:, 0] - higher)
+        score -= higher
+        weight = np.exp(score, out=score)
+        value *= weight
+        open_[:, 0] = higher
+        open_[:, 1:] *= decay[:, None]
+        open_[:, 1] += weight
+        open_[:, 2] += value
+    if plan.opened.size:
+        state[plan.slot[plan.opened]] = groups[plan.opened]
+    done = groups[plan.closed]
+    return done[:, 2] / done[:, 1]

@@ -48,7 +48,7 @@ class DenseRows:
         return self.tensor.index_select(0, index).float()
 
     def store(self, index: Tensor, values: Tensor) -> None:
-        self.tensor[index] = values.to(self.tensor.dtype)
+        self.tensor.index_copy_(0, index, values.to(self.tensor.dtype))
 
     def copy_page(self, source: int, target: int, page: int) -> None:
         self.tensor[target : target + page] = self.tensor[source : source + page]

@@ -2,8 +2,10 @@
 
 BLAS picks another kernel, with another summation order, for one row than for many, and edge rows of a tile
 may differ too. Two ways keep the bits fixed and cost little: rows padded to a multiple of the tile height,
-or weights prepacked by oneDNN. Which of them holds depends on processor, dtype and weight shape, so
-`choose` tries them on the shape itself, once per process, and takes the fastest that proves invariant.
+or weights prepacked by oneDNN. For small float32 weights the padded product is numpy's: its BLAS multiplies a
+few rows without repacking the weight, and a call of it costs less. Which of them holds depends on processor,
+dtype and weight shape, so `choose` tries them on the shape itself, once per process, and takes the first that
+proves invariant.
 """
 
 from __future__ import annotations
@@ -11,13 +13,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
-Method = Literal["padded", "packed", "single"]
+Method = Literal["numpy", "padded", "packed", "single"]
+Array = NDArray[np.float32]
+Index = NDArray[np.int64]
 
 # Batch sizes tried by the self-check: around the tile heights of known BLAS kernels, and where they change plan.
 _CHECK_ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 24, 31, 33, 48, 63, 65, 100, 128, 255, 256, 511, 1000)
@@ -28,6 +35,10 @@ _DISTINCT_ROWS = 68
 _PACK_FROM = 1 << 18
 # BLAS kernels may treat data by the alignment of its address, so inputs and weights start at such a multiple.
 _ALIGNMENT = 64
+# numpy's BLAS treats the last columns of a weight like any other if there are a multiple of 16, and sums in one
+# order whatever the number of rows if no more than this many terms are summed in a call.
+_COLUMNS = 16
+_TERMS = 384
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,19 @@ class Linear:
         weight = _aligned(weight)
         size = self.out_features, self.in_features
         self.plan = choose(*size, weight.dtype, torch.get_num_threads()) if deterministic else FAST
-        self._run = _runner(self.plan, weight)
+        self._run_array: Callable[[Array], Array] | None = None
+        if self.plan.method == "numpy":
+            self._run_array = _numpy_runner(self.plan.row_multiple, weight)
+            self._run = _on_tensors(self._run_array)
+        else:
+            self._run = _runner(self.plan, weight)
+
+    def array(self, x: Array) -> Array:
+        """The same on arrays: [T, K] float32 -> [T, N] float32, rounded to the weight's dtype on the way."""
+        if self._run_array is not None and len(x):
+            return self._run_array(x)
+        out: Array = self(torch.from_numpy(x)).float().numpy()
+        return out
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [T, K] -> [T, N] in the weight's dtype; x is cast to it. T may be 0."""
@@ -78,7 +101,36 @@ def _aligned(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
+def _numpy_runner(multiple: int, weight: Tensor) -> Callable[[Array], Array]:
+    """On arrays: [T, K] float32 -> [T, N]."""
+    n, k = weight.shape
+    columns = torch.zeros(k, -(-n // _COLUMNS) * _COLUMNS)
+    columns[:, :n] = weight.t()
+    whole = columns.numpy()
+    bounds = np.linspace(0, k, -(-k // _TERMS) + 1).astype(int).tolist()
+    first, *others = (slice(*pair) for pair in pairwise(bounds))
+
+    def run(x: Array) -> Array:
+        rows = len(x)
+        if rows % multiple:
+            padded = np.zeros((rows + -rows % multiple, k), np.float32)
+            padded[:rows] = x
+            x = padded
+        out: Array = x[:, first] @ whole[first]
+        for part in others:
+            out += x[:, part] @ whole[part]
+        return out[:rows, :n]
+
+    return run
+
+
+def _on_tensors(run: Callable[[Array], Array]) -> Callable[[Tensor], Tensor]:
+    return lambda x: torch.from_numpy(run(x.numpy()))
+
+
 def _runner(plan: LinearPlan, weight: Tensor) -> Callable[[Tensor], Tensor]:
+    if plan.method == "numpy":
+        return _on_tensors(_numpy_runner(plan.row_multiple, weight))
     if plan.method == "packed":
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
 
@@ -103,11 +155,12 @@ def _runner(plan: LinearPlan, weight: Tensor) -> Callable[[Tensor], Tensor]:
     return run_padded
 
 
-def candidates(n: int, k: int) -> list[LinearPlan]:
+def candidates(n: int, k: int, dtype: torch.dtype) -> list[LinearPlan]:
     """Plans in order of preference for an [n, k] weight. The last one, row by row, always holds."""
+    arrays = [LinearPlan("numpy", m) for m in (2, 4)] if dtype == torch.float32 else []
     padded = [LinearPlan("padded", m) for m in (4, 8, 16)]
     packed = [LinearPlan("packed", 1)] if torch.backends.mkldnn.is_available() else []
-    ordered = [*packed, *padded] if n * k >= _PACK_FROM else [*padded, *packed]
+    ordered = [*packed, *padded] if n * k >= _PACK_FROM else [*arrays, *padded, *packed]
     return [*ordered, LinearPlan("single", 1)]
 
 
@@ -121,7 +174,7 @@ def choose(n: int, k: int, dtype: torch.dtype, threads: int) -> LinearPlan:
     rows = min(n, 4096)
     sizes = _CHECK_ROWS if rows * k < _PACK_FROM else _CHECK_ROWS_LARGE
     draws = [_draw(rows, k, dtype, cancelling) for cancelling in (False, True)]
-    for plan in candidates(n, k):
+    for plan in candidates(n, k, dtype):
         if plan.method == "single" or all(_is_row_invariant(_runner(plan, w), x, sizes) for w, x in draws):
             return plan
     raise AssertionError("unreachable: the last candidate always holds")

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from weft.kernels.activation import swiglu
-from weft.kernels.linear import Linear
+from weft.kernels.constant import constant
+from weft.kernels.linear import Array, Index, Linear
 from weft.kernels.reduce import left_fold
-from weft.kernels.topk import top_k
 
 
 class Expert(NamedTuple):
@@ -21,38 +20,45 @@ class Expert(NamedTuple):
     w2: Linear
 
 
-def route(scores: Tensor, bias: Tensor, k: int) -> Tensor:
-    """The k experts with the highest biased score, in ascending order: [T, E] -> [T, k] int64."""
-    return top_k(scores + bias, k)
+def route(scores: Array, bias: Array, k: int) -> Index:
+    """The k experts with the highest biased score, the lower of equals, in ascending order: [T, E] -> [T, k]."""
+    best = np.argsort(-(scores + bias), axis=1, kind="stable")[:, :k]
+    return np.sort(best, axis=1)
 
 
-def expert_weights(scores: Tensor, experts: Tensor, scaling: float) -> Tensor:
-    """scores of the chosen experts, normalised to sum 1, times `scaling`: [T, k] float32."""
-    chosen = scores.gather(1, experts)
-    return chosen / left_fold(chosen[:, :, None]) * scaling
+def expert_weights(scores: Array, experts: Index, scaling: float) -> Array:
+    """scores of the chosen experts, normalised to sum 1, times `scaling`: [T, k]."""
+    tokens, width = scores.shape
+    chosen: Array = scores.ravel()[experts + np.arange(0, tokens * width, width)[:, None]]
+    chosen /= left_fold(chosen[:, :, None])
+    chosen *= constant(scaling)
+    return chosen
 
 
 def run_experts(
-    x: Tensor, experts: Tensor, weights: Tensor, modules: Sequence[Expert], shared: Expert, limit: float
-) -> Tensor:
+    x: Array, experts: Index, weights: Array, modules: Sequence[Expert], shared: Expert, limit: float
+) -> Array:
     """The chosen experts' weighted outputs, added in ascending expert order, plus the shared expert's.
 
-    x: [T, D]; experts: [T, k] int64 ascending per token, as the sum's order must not depend on how they were
-    chosen; weights: [T, k] float32, applied before w2. Returns [T, D] float32.
+    x: [T, D]; experts: [T, k] ascending per token, as the sum's order must not depend on how they were
+    chosen; weights: [T, k], applied before w2. Returns [T, D].
     """
     tokens, k = experts.shape
-    flat = experts.flatten()
-    order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=len(modules)).tolist()
+    flat = experts.ravel()
+    order = flat.argsort(kind="stable")
     # Rows in expert order; only the products go expert by expert, everything between them is one call.
-    rows = x.index_select(0, order // k)
-    used = [(module, count) for module, count in zip(modules, counts, strict=True) if count]
-    sizes = [count for _, count in used]
-    opened = [module.w13(part) for (module, _), part in zip(used, rows.split(sizes), strict=True)]
-    gate, up = torch.cat([*opened, shared.w13(x)]).chunk(2, dim=1)
-    hidden = swiglu(gate, up, limit)
-    routed = hidden[: tokens * k] * weights.flatten().index_select(0, order)[:, None]
-    closed = [module.w2(part) for (module, _), part in zip(used, routed.split(sizes), strict=True)]
-    out = torch.empty(tokens * k, x.shape[1])
-    out[order] = torch.cat(closed).float()
-    return left_fold(out.view(tokens, k, -1)) + shared.w2(hidden[tokens * k :]).float()
+    rows = x[order // k]
+    used, start = [], 0
+    for module, count in zip(modules, np.bincount(flat, minlength=len(modules)).tolist(), strict=True):
+        if count:
+            used.append((module, slice(start, start + count)))
+            start += count
+    opened = np.concatenate([*(module.w13.array(rows[part]) for module, part in used), shared.w13.array(x)])
+    inner = opened.shape[1] // 2
+    hidden = swiglu(opened[:, :inner], opened[:, inner:], limit)
+    hidden[: tokens * k] *= weights.ravel()[order][:, None]
+    closed = np.empty((tokens, k, x.shape[1]), np.float32)
+    closed.reshape(tokens * k, -1)[order] = np.concatenate([m.w2.array(hidden[part]) for m, part in used])
+    out = left_fold(closed)
+    out += shared.w2.array(hidden[tokens * k :])
+    return out

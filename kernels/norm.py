@@ -1,26 +1,29 @@
-"""RMS normalisation over the last dimension, in float32."""
+"""RMS normalisation over the last dimension, in float32.
+
+In numpy, whose calls cost a few rows a third of torch's. `vecdot` takes rows one by one: none can depend on the
+others, or on how many there are.
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from weft.kernels.constant import constant
+from weft.kernels.linear import Array
 
 
-def inverse_rms(x: Tensor, eps: float) -> Tensor:
-    """rsqrt(mean(x^2) + eps): [..., D] float32 -> [..., 1]."""
-    # sum with a factor instead of mean: one call less, and mean is a slow one.
-    return torch.add(constant(eps), (x * x).sum(-1, keepdim=True), alpha=1 / x.shape[-1]).rsqrt_()
+def inverse_rms(x: Array, eps: float) -> Array:
+    """1 / sqrt(mean(x^2) + eps): [..., D] -> [..., 1]."""
+    square: Array = np.vecdot(x, x)[..., None]
+    square *= constant(1 / x.shape[-1])
+    square += constant(eps)
+    np.sqrt(square, square)
+    return np.divide(constant(1.0), square, square)
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """x * rsqrt(mean(x^2) + eps) * weight.
-
-    x: [..., D] of any float dtype; weight: [D] float32 or None. Computed in float32, returned in x's dtype.
-    """
-    wide = x.float()
-    out = wide * inverse_rms(wide, eps)
+def rms_norm(x: Array, weight: Array | None, eps: float) -> Array:
+    """x * rsqrt(mean(x^2) + eps) * weight: x [..., D], weight [D] or None."""
+    out = x * inverse_rms(x, eps)
     if weight is not None:
-        out = out * weight
-    return out.to(x.dtype)
+        out *= weight
+    return out

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from weft.kernels.linear import Array
 
 
-def halving_sum(x: Tensor) -> Tensor:
+def halving_sum(x: Array) -> Array:
     """Sum [E, N, d] over dim 1, N a power of two, by adding halves: elementwise adds only."""
     assert x.shape[1] & (x.shape[1] - 1) == 0
     while x.shape[1] > 1:
@@ -14,9 +14,9 @@ def halving_sum(x: Tensor) -> Tensor:
     return x[:, 0]
 
 
-def left_fold(x: Tensor) -> Tensor:
+def left_fold(x: Array) -> Array:
     """Sum [T, N, d] over dim 1, left to right."""
-    total = x[:, 0]
+    total = x[:, 0].copy()
     for i in range(1, x.shape[1]):
-        total = total + x[:, i]
+        total += x[:, i]
     return total

@@ -10,8 +10,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from weft.kernels.linear import Array
 
 
 def inverse_frequencies(
@@ -42,27 +46,28 @@ def _pair_of(rotations: float, rope_dim: int, theta: float, length: int) -> floa
 
 @dataclass(frozen=True)
 class Rotation:
-    """Unit complex numbers of some positions: [T, rope_dim / 2] complex64."""
+    """Unit complex numbers of some positions: [T, rope_dim / 2]."""
 
-    unit: Tensor
+    unit: NDArray[np.complex64]
 
     @classmethod
     def at(cls, positions: Tensor, frequencies: Tensor) -> Rotation:
         """positions: [T] int64; frequencies: [rope_dim / 2] float32."""
         angle = positions.float()[:, None] * frequencies
-        return cls(torch.complex(torch.cos(angle), torch.sin(angle)))
+        return cls(torch.complex(torch.cos(angle), torch.sin(angle)).numpy())
 
     @property
     def inverse(self) -> Rotation:
-        return Rotation(self.unit.conj().resolve_conj())
+        return Rotation(self.unit.conj())
 
 
-def rotate_(x: Tensor, rotation: Rotation) -> Tensor:
+def rotate_(x: Array, rotation: Rotation) -> Array:
     """Rotate the last rope_dim channels of x in place and return x.
 
-    x: [T, d] or [T, H, d] float32; rotation of the same T positions.
+    x: [T, d] or [T, H, d]; rotation of the same T positions. With two pairs or more numpy multiplies the pairs of
+    one row at a time; a single pair's bits may depend on the number of rows.
     """
-    unit = rotation.unit if x.dim() == 2 else rotation.unit[:, None]
-    tail = x[..., -2 * unit.shape[-1] :]
-    torch.view_as_complex(tail.unflatten(-1, (-1, 2))).mul_(unit)
+    unit = rotation.unit if x.ndim == 2 else rotation.unit[:, None]
+    tail = x[..., -2 * unit.shape[-1] :].view(np.complex64)
+    tail *= unit
     return x

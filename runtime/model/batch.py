@@ -1,7 +1,7 @@
 """One step's tokens, flattened over sequences, and the index tensors that every layer shares.
 
 Everything here depends on positions and page tables only, never on token values, and is computed once per step
-with tensor operations over the whole batch.
+with numpy operations over the whole batch: at a few tokens they cost a third of torch's.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from weft.kernels.attention import KeyList
 from weft.kernels.compress import FoldPlan
 from weft.kernels.indexer import COLUMNS, QueryBlocks, block_rows
+from weft.kernels.linear import Index
 from weft.runtime.cache.capacity import C4_TAIL, PageKind
 from weft.runtime.cache.pools import Pools
 from weft.runtime.config import C4, C128
@@ -37,14 +39,14 @@ class Span:
 class Pooling:
     """Compressed entries that this step completes.
 
-    sequence, entry: [E] int64 which sequence of the batch and which entry of it. target: [E] pool row.
+    sequence, entry: [E] which sequence of the batch and which entry of it. target: [E] pool row.
     position: [E] RoPE position (first token of the entry).
     """
 
-    sequence: Tensor
-    entry: Tensor
-    target: Tensor
-    position: Tensor
+    sequence: Index
+    entry: Index
+    target: Index
+    position: Index
 
 
 class Batch:
@@ -55,42 +57,45 @@ class Batch:
         assert spans and all(span.count > 0 for span in spans)
         self.pools = pools
         self.spans = spans
-        self.slots = torch.tensor([span.slot for span in spans])
-        self.starts = torch.tensor([span.start for span in spans])
-        self.counts = torch.tensor([span.count for span in spans])
+        table: Index = np.array([(span.slot, span.start, span.count) for span in spans]).T.copy()
+        self.slots: Index = table[0]
+        self.starts: Index = table[1]
+        self.counts: Index = table[2]
         self.ends = self.starts + self.counts
-        self.offsets = self.counts.cumsum(0) - self.counts
-        self.tokens = int(self.counts.sum())
-        self.sequence = torch.repeat_interleave(self.counts)
-        self.positions = torch.arange(self.tokens) + (self.starts - self.offsets)[self.sequence]
+        self.offsets = self.counts.cumsum() - self.counts
+        self.sequence = np.repeat(np.arange(len(spans)), self.counts)
+        self.tokens = len(self.sequence)
+        self.positions = np.arange(self.tokens) + (self.starts - self.offsets)[self.sequence]
 
     # -- rows -------------------------------------------------------------------------------------------
 
-    def rows(self, kind: PageKind, sequence: Tensor, index: Tensor) -> Tensor:
+    def rows(self, kind: PageKind, sequence: Index, index: Index) -> Index:
         """Pool row (in `kv`, for compressed kinds relative to their base) of entry `index` of a sequence."""
-        page = self.pools.sizes.page
-        table = self.pools.tables[kind]
-        return table[self.slots[sequence], index // page] + index % page
+        page, row = np.divmod(index, self.pools.sizes.page)
+        out: Index = self.pools.tables[kind].numpy()[self.slots[sequence], page] + row
+        return out
 
     @cached_property
-    def last(self) -> Tensor:
+    def last(self) -> Index:
         """Flat row of each sequence's last token."""
-        return self.offsets + self.counts - 1
+        rows: Index = self.offsets + self.counts - 1
+        return rows
 
     @cached_property
     def window_rows(self) -> Tensor:
         """[T] kv row each token's own KV is written to."""
         rows = self.rows("window", self.sequence, self.positions)
-        assert int(rows.min()) > 0, "rows that are not reserved, or that the window has left"
-        return rows
+        assert rows.min() > 0, "rows that are not reserved, or that the window has left"
+        return torch.from_numpy(rows)
 
     @cached_property
-    def window_index(self) -> Tensor:
+    def window_index(self) -> Index:
         """[T, W] kv rows of positions t-W+1..t, -1 before the start."""
         width = self.pools.config.sliding_window
-        position = self.positions[:, None] - torch.arange(width - 1, -1, -1)
-        row = self.rows("window", self.sequence[:, None], position.clamp_min(0))
-        return row.masked_fill_(position < 0, -1)
+        position = self.positions[:, None] - np.arange(width - 1, -1, -1)
+        row = self.rows("window", self.sequence[:, None], np.maximum(position, 0))
+        row[position < 0] = -1
+        return row
 
     @cached_property
     def window_keys(self) -> KeyList:
@@ -99,40 +104,43 @@ class Batch:
     # -- c4a --------------------------------------------------------------------------------------------
 
     @cached_property
-    def c4_visible(self) -> Tensor:
+    def c4_visible(self) -> Index:
         """[T] entries each token sees, itself completing one included."""
-        return (self.positions + 1) // C4
+        visible: Index = (self.positions + 1) // C4
+        return visible
 
-    def c4_keys(self, entries: Tensor) -> KeyList:
-        """Window and chosen entries; entries: [T, k] int64, -1 where there is none."""
-        row = self.rows("c4", self.sequence[:, None], entries.clamp_min(0)) + self.pools.base["c4"]
-        index = torch.cat((self.window_index, row.masked_fill_(entries < 0, -1)), 1)
+    def c4_keys(self, entries: Index) -> KeyList:
+        """Window and chosen entries; entries: [T, k], -1 where there is none."""
+        row = self.rows("c4", self.sequence[:, None], np.maximum(entries, 0)) + self.pools.base["c4"]
+        row[entries < 0] = -1
+        index = np.concatenate((self.window_index, row), 1)
         return KeyList.of(index, index.shape[1])
 
     @cached_property
-    def c4_all(self) -> Tensor | None:
+    def c4_all(self) -> Index | None:
         """[T, k] every visible entry, when no token of the batch sees more than k; else None."""
         k = self.pools.config.index_topk
-        if int(self.c4_visible.max()) > k:
+        if self.c4_visible.max() > k:
             return None
-        entry = torch.arange(k).expand(self.tokens, k)
-        return entry.masked_fill(entry >= self.c4_visible[:, None], -1)
+        entry = np.arange(k)
+        return np.where(entry < self.c4_visible[:, None], entry, -1)
 
     @cached_property
     def c4_all_keys(self) -> KeyList | None:
         return None if self.c4_all is None else self.c4_keys(self.c4_all)
 
     @cached_property
-    def c4_entry_rows(self) -> Tensor:
+    def c4_entry_rows(self) -> Index:
         """[S, E] row of every entry of each sequence in the index key pool, E a multiple of COLUMNS."""
         widest = -(-int(self.ends.max()) // C4)
         width = max(COLUMNS, -(-widest // COLUMNS) * COLUMNS)
         page = self.pools.sizes.page
-        index = torch.arange(width)
-        table = self.pools.tables["c4"]
-        number = (index // page).clamp_max(table.shape[1] - 1)
+        index = np.arange(width)
+        table = self.pools.tables["c4"].numpy()
+        number = np.minimum(index // page, table.shape[1] - 1)
         row = table[self.slots][:, number] + index % page
-        return row.masked_fill_(index >= (self.ends // C4)[:, None], 0)
+        row[index >= (self.ends // C4)[:, None]] = 0
+        return row
 
     @cached_property
     def query_blocks(self) -> list[QueryBlocks]:
@@ -141,18 +149,18 @@ class Batch:
         short = self.counts <= 2 * least
         groups = []
         for chosen, size in ((short, least), (~short, max(least, _PREFILL_BLOCK))):
-            sequences = chosen.nonzero()[:, 0]
-            if sequences.numel():
+            sequences = np.flatnonzero(chosen)
+            if sequences.size:
                 groups.append(self._blocks_of(sequences, size))
         return groups
 
-    def _blocks_of(self, sequences: Tensor, size: int) -> QueryBlocks:
+    def _blocks_of(self, sequences: Index, size: int) -> QueryBlocks:
         blocks = (self.counts[sequences] + size - 1) // size
-        owner = torch.repeat_interleave(sequences, blocks)
-        number = torch.arange(owner.numel()) - torch.repeat_interleave(blocks.cumsum(0) - blocks, blocks)
-        local = number[:, None] * size + torch.arange(size)
+        owner = np.repeat(sequences, blocks)
+        number = np.arange(owner.size) - np.repeat(blocks.cumsum() - blocks, blocks)
+        local = number[:, None] * size + np.arange(size)
         keep = local < self.counts[owner, None]
-        rows = self.offsets[owner, None] + torch.minimum(local, self.counts[owner, None] - 1)
+        rows = self.offsets[owner, None] + np.minimum(local, self.counts[owner, None] - 1)
         return QueryBlocks(rows, keep, owner, self.c4_visible[rows])
 
     @cached_property
@@ -160,20 +168,21 @@ class Batch:
         return self._pooling("c4", C4)
 
     @cached_property
-    def c4_sources(self) -> Tensor:
+    def c4_sources(self) -> Index:
         """[E, 8] rows of (tails of the batch's sequences, then the chunk) that each completed entry pools."""
         done = self.c4_pooling
-        position = (done.position[:, None] - C4) + torch.arange(C4_TAIL)
+        position = (done.position[:, None] - C4) + np.arange(C4_TAIL)
         local = position - self.starts[done.sequence, None]
-        in_chunk = self.slots.numel() * C4_TAIL + self.offsets[done.sequence, None] + local
-        in_tail = done.sequence[:, None] * C4_TAIL + position.clamp_min(0) % C4_TAIL
-        return torch.where(local >= 0, in_chunk, in_tail)
+        in_chunk = self.slots.size * C4_TAIL + self.offsets[done.sequence, None] + local
+        in_tail = done.sequence[:, None] * C4_TAIL + np.maximum(position, 0) % C4_TAIL
+        rows: Index = np.where(local >= 0, in_chunk, in_tail)
+        return rows
 
     @cached_property
-    def c4_tail_writes(self) -> tuple[Tensor, Tensor]:
+    def c4_tail_writes(self) -> tuple[Index, Index]:
         """(flat slot*8 + row of the tail, row of the chunk) for the last rows of each sequence."""
         keep = self.positions >= (self.ends - C4_TAIL)[self.sequence]
-        source = keep.nonzero()[:, 0]
+        source = np.flatnonzero(keep)
         target = self.slots[self.sequence[source]] * C4_TAIL + self.positions[source] % C4_TAIL
         return target, source
 
@@ -187,10 +196,11 @@ class Batch:
         columns = -(-int(visible.max()) // width) * width
         if columns == 0:
             return self.window_keys
-        entry = torch.arange(columns).expand(self.tokens, columns)
+        entry = np.arange(columns)
         hidden = entry >= visible[:, None]
-        row = self.rows("c128", self.sequence[:, None], entry.masked_fill(hidden, 0)) + self.pools.base["c128"]
-        return KeyList.of(torch.cat((self.window_index, row.masked_fill_(hidden, -1)), 1), width)
+        row = self.rows("c128", self.sequence[:, None], np.where(hidden, 0, entry)) + self.pools.base["c128"]
+        row[hidden] = -1
+        return KeyList.of(np.concatenate((self.window_index, row), 1), width)
 
     @cached_property
     def c128_pooling(self) -> Pooling:
@@ -200,31 +210,31 @@ class Batch:
     def c128_fold(self) -> FoldPlan:
         first_group = self.starts // C128
         groups = (self.ends - 1) // C128 - first_group + 1
-        owner = torch.repeat_interleave(groups)
-        number = torch.arange(owner.numel()) - (groups.cumsum(0) - groups)[owner] + first_group[owner]
-        start = torch.maximum(number * C128, self.starts[owner])
-        end = torch.minimum((number + 1) * C128, self.ends[owner])
+        owner = np.repeat(np.arange(groups.size), groups)
+        number = np.arange(owner.size) - (groups.cumsum() - groups)[owner] + first_group[owner]
+        start = np.maximum(number * C128, self.starts[owner])
+        end = np.minimum((number + 1) * C128, self.ends[owner])
         taken = end - start
-        order = torch.argsort(taken, descending=True, stable=True)
+        order = np.argsort(-taken, kind="stable")
         row = (self.offsets[owner] + start - self.starts[owner])[order]
         sizes = taken[order]
-        active = torch.arange(int(sizes[0]))[:, None] < sizes
-        rows = tuple(row[: int(n)] + i for i, n in enumerate(active.sum(1).tolist()))
+        active = np.arange(sizes[0])[:, None] < sizes
+        rows = tuple(row[:n] + i for i, n in enumerate(active.sum(1).tolist()))
         closed = (end % C128 == 0)[order]
         # Completed entries come back in the order of `c128_pooling`: by sequence, then by entry.
-        rank = torch.argsort(order)
-        closed_groups = rank[(end % C128 == 0).nonzero()[:, 0]]
+        rank = np.argsort(order)
+        closed_groups = rank[np.flatnonzero(end % C128 == 0)]
         return FoldPlan(
             rows,
             self.slots[owner][order],
             (start % C128 == 0)[order],
             closed_groups,
-            (~closed).nonzero()[:, 0],
+            np.flatnonzero(~closed),
         )
 
     def _pooling(self, kind: PageKind, ratio: int) -> Pooling:
         first = self.starts // ratio
         counts = self.ends // ratio - first
-        sequence = torch.repeat_interleave(counts)
-        entry = torch.arange(sequence.numel()) - (counts.cumsum(0) - counts)[sequence] + first[sequence]
+        sequence = np.repeat(np.arange(counts.size), counts)
+        entry = np.arange(sequence.size) - (counts.cumsum() - counts)[sequence] + first[sequence]
         return Pooling(sequence, entry, self.rows(kind, sequence, entry), entry * ratio)

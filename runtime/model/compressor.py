@@ -6,13 +6,16 @@ the only per-sequence state besides KV rows: `Pools.c4_tail` and `Pools.c128_fol
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from weft.kernels.attention import KeyList
 from weft.kernels.compress import fold_c128, pool_c4
+from weft.kernels.constant import constant
 from weft.kernels.indexer import select_entries
 from weft.kernels.kv_rows import Rows
+from weft.kernels.linear import Array, Index
 from weft.kernels.norm import rms_norm
 from weft.kernels.quant import hadamard, simulate_fp4, simulate_fp8_
 from weft.kernels.rope import rotate_
@@ -29,21 +32,24 @@ class C128Compressor:
         self.index = index
         self.quant_sim = quant_sim
         self.project = weights.wide_linear("wkv.weight", "wgate.weight")
-        self.ape = weights.wide("ape")
-        self.norm = weights.wide("norm.weight")
+        self.ape = weights.array("ape")
+        self.norm = weights.array("norm.weight")
 
-    def write(self, x: Tensor, step: StepContext, pool: Rows) -> None:
+    def write(self, x: Array, step: StepContext, pool: Rows) -> None:
         """Fold x [T, D] into the open groups and store the entries it completes."""
         batch = step.batch
-        values, scores = self.project(x).chunk(2, dim=1)
-        scores = scores + self.ape[batch.positions % self.ape.shape[0]]
-        entries = fold_c128(values, scores, step.pools.c128_fold[self.index], batch.c128_fold)
-        if not entries.shape[0]:
+        rows = self.project.array(x)
+        half = rows.shape[1] // 2
+        values, scores = rows[:, :half], rows[:, half:]
+        scores += self.ape[batch.positions % len(self.ape)]
+        entries = fold_c128(values, scores, step.pools.c128_fold.numpy()[self.index], batch.c128_fold)
+        if not len(entries):
             return
         entries = rotate_(rms_norm(entries, self.norm, self.config.rms_norm_eps), step.c128_entries)
+        stored = torch.from_numpy(entries)
         if self.quant_sim:
-            simulate_fp8_(entries, self.config.nope_head_dim)
-        pool.store(batch.c128_pooling.target + step.pools.base["c128"], entries)
+            simulate_fp8_(stored, self.config.nope_head_dim)
+        pool.store(torch.from_numpy(batch.c128_pooling.target + step.pools.base["c128"]), stored)
 
 
 class C4Compressor:
@@ -62,60 +68,60 @@ class C4Compressor:
         own = indexer.under("compressor.")
         parts = [source.wide(name) for name in ("wkv.weight", "wgate.weight") for source in (weights, own)]
         self.project = weights.packed(*parts)
-        self.ape = torch.cat((weights.wide("ape"), own.wide("ape")), 1)
-        self.norm = weights.wide("norm.weight")
-        self.key_norm = own.wide("norm.weight")
+        self.ape = np.concatenate((weights.array("ape"), own.array("ape")), 1)
+        self.norm = weights.array("norm.weight")
+        self.key_norm = own.array("norm.weight")
         self.wq_b = indexer.linear("wq_b.weight")
         self.weights_proj = indexer.linear("weights_proj.weight")
         self.hadamard = weights.packed(hadamard(config.index_head_dim)) if quant_sim else None
         self.score_scale = (config.index_head_dim * config.index_n_heads) ** -0.5
 
-    def keys(self, x: Tensor, qr: Tensor, step: StepContext, pool: Rows) -> KeyList:
+    def keys(self, x: Array, qr: Array, step: StepContext, pool: Rows) -> KeyList:
         """Store the entries x [T, D] completes, then choose each query's entries."""
         self._write(x, step, pool)
         return step.batch.c4_all_keys or step.batch.c4_keys(self._select(x, qr, step))
 
-    def _write(self, x: Tensor, step: StepContext, pool: Rows) -> None:
+    def _write(self, x: Array, step: StepContext, pool: Rows) -> None:
         batch, config = step.batch, self.config
-        rows = self.project(x)
+        rows = self.project.array(x)
         half = rows.shape[1] // 2
-        rows[:, half:] += self.ape[batch.positions % self.ape.shape[0]]
-        tail = step.pools.c4_tail[self.index]
-        source = torch.cat((tail[batch.slots].flatten(0, 1), rows))
-        target, kept = batch.c4_tail_writes
-        tail.view(-1, rows.shape[1])[target] = rows[kept]
+        rows[:, half:] += self.ape[batch.positions % len(self.ape)]
+        tail = step.pools.c4_tail.numpy()[self.index]
         done = batch.c4_pooling
-        if not done.entry.numel():
+        if done.entry.size:
+            source = np.concatenate((tail[batch.slots].reshape(-1, 2 * half), rows))[batch.c4_sources]
+        target, kept = batch.c4_tail_writes
+        tail.reshape(-1, 2 * half)[target] = rows[kept]
+        if not done.entry.size:
             return
         first = done.entry == 0
-        values, scores = source[batch.c4_sources].chunk(2, dim=2)
-        wide, narrow = 2 * config.head_dim, 2 * config.index_head_dim
-        value, key_value = values.split([wide, narrow], dim=2)
-        score, key_score = scores.split([wide, narrow], dim=2)
-        entries = pool_c4(value, score, first)
-        entries = rotate_(rms_norm(entries, self.norm, config.rms_norm_eps), step.c4_entries)
-        keys = pool_c4(key_value, key_score, first)
-        keys = rotate_(rms_norm(keys, self.key_norm, config.rms_norm_eps), step.c4_entries)
+        values, scores = source[:, :, :half], source[:, :, half:]
+        wide = 2 * config.head_dim
+        pooled = pool_c4(values[:, :, :wide], scores[:, :, :wide], first)
+        pooled = rotate_(rms_norm(pooled, self.norm, config.rms_norm_eps), step.c4_entries)
+        pooled_keys = pool_c4(values[:, :, wide:], scores[:, :, wide:], first)
+        pooled_keys = rotate_(rms_norm(pooled_keys, self.key_norm, config.rms_norm_eps), step.c4_entries)
+        entries, keys = torch.from_numpy(pooled), torch.from_numpy(pooled_keys)
         if self.quant_sim:
             simulate_fp8_(entries, config.nope_head_dim)
             keys = self._round(keys)
-        pool.store(done.target + step.pools.base["c4"], entries)
-        step.pools.index_keys[self.index].store(done.target, keys)
+        pool.store(torch.from_numpy(done.target + step.pools.base["c4"]), entries)
+        step.pools.index_keys[self.index].store(torch.from_numpy(done.target), keys)
 
     def _round(self, x: Tensor) -> Tensor:
         """Hadamard rotation and FP4 rounding of [N, dI]; a no-op on scores without rounding, so left out then."""
         assert self.hadamard is not None
         return simulate_fp4(self.hadamard(x))
 
-    def _select(self, x: Tensor, qr: Tensor, step: StepContext) -> Tensor:
+    def _select(self, x: Array, qr: Array, step: StepContext) -> Index:
         """[T, k] entries with the highest indexer scores."""
         batch, config = step.batch, self.config
         heads, dim = config.index_n_heads, config.index_head_dim
-        q = rotate_(self.wq_b(qr).unflatten(1, (heads, dim)).float(), step.compressed.forward)
+        q = rotate_(self.wq_b.array(qr).reshape(-1, heads, dim), step.compressed.forward)
         if self.quant_sim:
-            q = self._round(q.flatten(0, 1)).view(-1, heads, dim)
-        weights = self.weights_proj(x).float() * self.score_scale
-        chosen = torch.empty(batch.tokens, config.index_topk, dtype=torch.int64)
+            q = self._round(torch.from_numpy(q.reshape(-1, dim))).numpy().reshape(-1, heads, dim)
+        weights = self.weights_proj.array(x) * constant(self.score_scale)
+        chosen = np.empty((batch.tokens, config.index_topk), np.int64)
         for blocks in batch.query_blocks:
             select_entries(
                 q,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from weft.kernels.rope import Rotation, inverse_frequencies
@@ -51,6 +52,7 @@ class StepContext:
     def __init__(self, batch: Batch, rope: Rope) -> None:
         self.batch = batch
         self._rope = rope
+        self._positions = torch.from_numpy(batch.positions)
 
     @property
     def pools(self) -> Pools:
@@ -58,16 +60,16 @@ class StepContext:
 
     @cached_property
     def plain(self) -> Turn:
-        return Turn.at(self.batch.positions, self._rope.plain)
+        return Turn.at(self._positions, self._rope.plain)
 
     @cached_property
     def compressed(self) -> Turn:
-        return Turn.at(self.batch.positions, self._rope.compressed)
+        return Turn.at(self._positions, self._rope.compressed)
 
     @cached_property
     def c4_entries(self) -> Rotation:
-        return Rotation.at(self.batch.c4_pooling.position, self._rope.compressed)
+        return Rotation.at(torch.from_numpy(self.batch.c4_pooling.position), self._rope.compressed)
 
     @cached_property
     def c128_entries(self) -> Rotation:
-        return Rotation.at(self.batch.c128_pooling.position, self._rope.compressed)
+        return Rotation.at(torch.from_numpy(self.batch.c128_pooling.position), self._rope.compressed)

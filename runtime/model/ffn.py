@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from weft.kernels.activation import sqrt_softplus
+from weft.kernels.linear import Array, Index
 from weft.kernels.moe import Expert, expert_weights, route, run_experts
 from weft.runtime.config import ModelConfig
 from weft.runtime.model.weights import Weights
@@ -16,17 +15,17 @@ class MoE:
     def __init__(self, config: ModelConfig, weights: Weights, hashed: bool) -> None:
         self.config = config
         self.gate = weights.wide_linear("gate.weight")
-        self.expert_of_token = weights.raw("gate.tid2eid").long().sort(1).values if hashed else None
-        self.bias = None if hashed else weights.wide("gate.bias")
+        self.expert_of_token = weights.raw("gate.tid2eid").long().sort(1).values.numpy() if hashed else None
+        self.bias = None if hashed else weights.array("gate.bias")
         self.experts = [_expert(weights.under(f"experts.{i}.")) for i in range(config.n_routed_experts)]
         self.shared = _expert(weights.under("shared_experts."))
 
-    def __call__(self, x: Tensor, ids: Tensor) -> Tensor:
-        """x: [T, D] in the model's dtype; ids: [T] token ids. Returns [T, D] float32."""
+    def __call__(self, x: Array, ids: Index) -> Array:
+        """x: [T, D]; ids: [T] token ids. Returns [T, D]."""
         config = self.config
-        scores = sqrt_softplus(self.gate(x))
+        scores = sqrt_softplus(self.gate.array(x))
         if self.expert_of_token is not None:
-            experts = self.expert_of_token.index_select(0, ids)
+            experts = self.expert_of_token[ids]
         else:
             assert self.bias is not None
             experts = route(scores, self.bias, config.num_experts_per_tok)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from weft.kernels.hyper import HeadMixer
-from weft.kernels.linear import Linear
+from weft.kernels.linear import Array, Index, Linear
 from weft.kernels.norm import rms_norm
 from weft.runtime.config import ModelConfig
 from weft.runtime.model.batch import Batch
-from weft.runtime.model.block import Block
+from weft.runtime.model.block import Block, rounded
 from weft.runtime.model.context import Rope, StepContext
 from weft.runtime.model.weights import Weights
 
@@ -64,16 +64,18 @@ class Model:
         batch's sequences, and their last streams to `Pools.streams`.
         """
         step = StepContext(batch, self.rope)
-        h = self.embed.index_select(0, ids)[:, None].expand(-1, self.config.hc_mult, -1)
+        h = self.embed.index_select(0, ids).float().numpy()[:, None].repeat(self.config.hc_mult, 1)
+        numbers = ids.numpy()
         for block in self.blocks:
-            h = block(h, ids, step)
-        batch.pools.streams[batch.slots] = h.index_select(0, batch.last).to(batch.pools.streams.dtype)
-        return h
+            h = block(h, numbers, step)
+        streams = torch.from_numpy(h).to(self.dtype)
+        batch.pools.streams[torch.from_numpy(batch.slots)] = torch.from_numpy(h[batch.last]).to(self.dtype)
+        return streams
 
     @torch.inference_mode()
     def logits(self, h: Tensor) -> Tensor:
         """[n, hc, D] backbone streams -> [n, V] float32."""
-        return self.head(self.readout(h))
+        return torch.from_numpy(self.head.array(self.readout(h.float().numpy())))
 
     @torch.inference_mode()
     def forward_mtp(self, h: Tensor, next_ids: Tensor, batch: Batch) -> Tensor:
@@ -83,13 +85,15 @@ class Model:
         the tokens that follow them. Returns [T, hc, D]; writes the MTP layer's window rows.
         """
         assert self.mtp is not None, "the config has no MTP block"
-        return self.mtp(h, self.embed.index_select(0, next_ids), next_ids, StepContext(batch, self.rope))
+        embedding = self.embed.index_select(0, next_ids).float().numpy()
+        out = self.mtp(h.float().numpy(), embedding, next_ids.numpy(), StepContext(batch, self.rope))
+        return torch.from_numpy(out).to(self.dtype)
 
     @torch.inference_mode()
     def mtp_logits(self, h: Tensor) -> Tensor:
         """[n, hc, D] MTP streams -> [n, V] float32."""
         assert self.mtp is not None, "the config has no MTP block"
-        return self.head(self.mtp.readout(h))
+        return torch.from_numpy(self.head.array(self.mtp.readout(h.float().numpy())))
 
 
 class Readout:
@@ -104,9 +108,9 @@ class Readout:
             hc_eps=config.hc_eps,
             norm_eps=config.rms_norm_eps,
         )
-        self.norm = weights.wide("norm.weight")
+        self.norm = weights.array("norm.weight")
 
-    def __call__(self, h: Tensor) -> Tensor:
+    def __call__(self, h: Array) -> Array:
         return rms_norm(self.mixer(h), self.norm, self.eps)
 
 
@@ -116,14 +120,15 @@ class MtpBlock:
     def __init__(self, config: ModelConfig, weights: Weights, quant_sim: bool) -> None:
         own = weights.under("mtp.0.")
         self.eps = config.rms_norm_eps
-        self.enorm, self.hnorm = own.wide("enorm.weight"), own.wide("hnorm.weight")
+        self.enorm, self.hnorm = own.array("enorm.weight"), own.array("hnorm.weight")
         self.e_proj: Linear = own.linear("e_proj.weight")
         self.h_proj: Linear = own.linear("h_proj.weight")
         layer = config.num_hidden_layers
         self.block = Block(config, own, layer, "window", hashed=False, quant_sim=quant_sim)
         self.readout = Readout(config, own)
 
-    def __call__(self, h: Tensor, embedding: Tensor, ids: Tensor, step: StepContext) -> Tensor:
-        e = self.e_proj(rms_norm(embedding, self.enorm, self.eps))
-        projected = self.h_proj(rms_norm(h, self.hnorm, self.eps).flatten(0, 1)).view_as(h)
-        return self.block(e[:, None] + projected, ids, step)
+    def __call__(self, h: Array, embedding: Array, ids: Index, step: StepContext) -> Array:
+        e = self.e_proj.array(rms_norm(embedding, self.enorm, self.eps))
+        flat = rms_norm(h, self.hnorm, self.eps).reshape(-1, h.shape[2])
+        projected = self.h_proj.array(flat).reshape(h.shape)
+        return self.block(rounded(e[:, None] + projected, self.block.dtype), ids, step)

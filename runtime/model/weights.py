@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from weft.kernels.linear import Linear
+from weft.kernels.linear import Array, Linear
 
 
 class Draining(Mapping[str, Tensor]):
@@ -50,6 +50,11 @@ class Weights:
 
     def wide(self, name: str) -> Tensor:
         return self.raw(name).float()
+
+    def array(self, name: str) -> Array:
+        """A vector or table in float32, for numpy."""
+        out: Array = self.wide(name).numpy()
+        return out
 
     def model(self, name: str) -> Tensor:
         return self.raw(name).to(self.dtype)

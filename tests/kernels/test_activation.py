@@ -10,9 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from support.kernels import U16, U32, assert_rows_stand_alone, assert_within, differing_windows, same_bits
-from weft.kernels.activation import sigmoid, softplus, sqrt_softplus, swiglu
+from support.kernels import U32, assert_rows_stand_alone, assert_within, differing_windows, on_tensors, same_bits
+from weft.kernels import activation
+from weft.kernels.constant import constant
 
+swiglu, sqrt_softplus = on_tensors(activation.swiglu), on_tensors(activation.sqrt_softplus)
+
+sigmoid = on_tensors(lambda x: activation.sigmoid_(-x, constant(1.0)))
 Function = Callable[[Tensor], Tensor]
 
 WIDTHS = [1, 3, 33, 64, 100, 128]
@@ -44,13 +48,6 @@ def test_sigmoid_is_close() -> None:
     assert_within(sigmoid(x), exact, 5 * U32 * exact + 2 * TINIEST)
 
 
-def test_softplus_is_close() -> None:
-    """exp 2 u, log 2 u, a quotient and a product, then the sum with max(x, 0): 8 u of the result."""
-    x = inputs()
-    exact = exact_softplus(x)
-    assert_within(softplus(x), exact, 8 * U32 * exact + 2 * TINIEST)
-
-
 def test_sqrt_softplus_is_close() -> None:
     """The root halves the relative error and adds its own rounding; it lifts 2^-126 to 2^-63."""
     x = inputs()
@@ -60,14 +57,14 @@ def test_sqrt_softplus_is_close() -> None:
 
 def test_infinities() -> None:
     x = torch.tensor([torch.inf, -torch.inf])
-    assert sigmoid(x).tolist() == [1.0, 0.0]
-    assert softplus(x).tolist() == [torch.inf, 0.0]
+    assert sigmoid(x)[0] == 1.0
+    assert 0 <= sigmoid(x)[1] < TINIEST
+    assert sqrt_softplus(x).tolist() == [torch.inf, 0.0]
 
 
 @pytest.mark.parametrize("limit", [1.0, 10.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_swiglu_is_close(limit: float, dtype: torch.dtype) -> None:
-    gate, up = (torch.randn(50, 33) * 8).to(dtype), (torch.randn(50, 33) * 8).to(dtype)
+def test_swiglu_is_close(limit: float) -> None:
+    gate, up = torch.randn(50, 33) * 8, torch.randn(50, 33) * 8
     clipped = gate.double().clamp(max=limit)
     silu = clipped * exact_sigmoid(clipped.flatten()).view_as(clipped)
     exact = silu * up.double().clamp(-limit, limit)
@@ -86,18 +83,18 @@ def test_swiglu_clamps_the_gate_above_only() -> None:
 def test_inputs_are_not_changed() -> None:
     x = inputs()
     kept = x.clone()
-    for function in (sigmoid, softplus, sqrt_softplus, lambda v: swiglu(v, v, 1.0)):
+    for function in (sigmoid, sqrt_softplus, lambda v: swiglu(v, v, 1.0)):
         function(x)
         assert same_bits(x, kept)
 
 
-@pytest.mark.parametrize("function", [sigmoid, softplus, sqrt_softplus, lambda x: swiglu(x, x.flip(1), 5.0)])
+@pytest.mark.parametrize("function", [sigmoid, sqrt_softplus, lambda x: swiglu(x, x.flip(1), 5.0)])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_rows_stand_alone(function: Function, width: int) -> None:
     assert_rows_stand_alone(function, torch.randn(300, width) * 10)
 
 
-@pytest.mark.parametrize("function", [sigmoid, softplus, sqrt_softplus])
+@pytest.mark.parametrize("function", [sigmoid, sqrt_softplus])
 def test_place_and_stride_do_not_matter(function: Function) -> None:
     """Elements of slices of columns, as gate and up are, and at every distance from an aligned address."""
     x = torch.randn(40, 50) * 10
@@ -116,18 +113,9 @@ def test_swiglu_of_halves_of_a_product() -> None:
     assert same_bits(swiglu(gate, up, 3.0), swiglu(gate.clone(), up.clone(), 3.0))
 
 
-def test_bfloat16_gates_are_widened_first() -> None:
-    gate, up = torch.randn(5, 7).bfloat16(), torch.randn(5, 7).bfloat16()
-    assert same_bits(swiglu(gate, up, 1.0), swiglu(gate.float(), up.float(), 1.0))
-    exact = gate.double() * torch.sigmoid(gate.double()) * up.double()
-    small = (gate.abs() < 1) & (up.abs() < 1)
-    error = (swiglu(gate, up, 1.0).double() - exact).abs()[small]
-    assert float(error.max()) < U16 / 1000, "rounded to bfloat16 on the way"
-
-
 @pytest.mark.parametrize("width", [0, 5])
 def test_no_rows(width: int) -> None:
-    for function in (sigmoid, softplus, sqrt_softplus):
+    for function in (sigmoid, sqrt_softplus):
         assert function(torch.empty(0, width)).shape == (0, width)
     assert swiglu(torch.empty(0, width), torch.empty(0, width), 1.0).shape == (0, width)
 

@@ -15,12 +15,20 @@ from support.kernels import (
     assert_within,
     differing_windows,
     gamma,
+    on_tensors,
     same_bits,
     threads,
 )
 from weft.kernels import attention
-from weft.kernels.attention import KeyList, sparse_attention
+from weft.kernels.attention import KeyList
 from weft.kernels.kv_rows import DenseRows
+
+sparse_attention = on_tensors(attention.sparse_attention)
+
+
+def key_list(index: Tensor, tile: int) -> KeyList:
+    return KeyList.of(index.numpy(), tile)
+
 
 # (queries, heads, width, keys per tile, tiles)
 SHAPES = [
@@ -56,7 +64,7 @@ class Case:
 
     def run(self, q: Tensor, index: Tensor, pool: Tensor | None = None) -> Tensor:
         rows = DenseRows(self.pool if pool is None else pool)
-        return sparse_attention(q, rows, KeyList.of(index, self.tile), self.sink, self.scale)
+        return sparse_attention(q, rows, key_list(index, self.tile), self.sink, self.scale)
 
     @property
     def result(self) -> Tensor:
@@ -107,7 +115,7 @@ def test_a_query_without_keys_gives_zeros(dtype: torch.dtype) -> None:
 def test_extreme_logits() -> None:
     """One key above all others is returned as it is, a sink above all of them returns nothing."""
     pool = torch.tensor([[0.0, 0.0], [3.0, 0.5], [-3.0, 0.25], [2.0, 8.0]])
-    keys = KeyList.of(torch.tensor([[1, 2, 3, -1]]), 2)
+    keys = key_list(torch.tensor([[1, 2, 3, -1]]), 2)
     q = torch.tensor([[[1e30, 0.0]]])
     assert sparse_attention(q, DenseRows(pool), keys, torch.zeros(1), 1.0).tolist() == [[[3.0, 0.5]]]
     assert sparse_attention(-q, DenseRows(pool), keys, torch.zeros(1), 1.0).tolist() == [[[-3.0, 0.25]]]
@@ -118,7 +126,7 @@ def test_ties_share_the_weight_and_the_sink_takes_its_part() -> None:
     pool = torch.tensor([[0.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 5.0]])
     q = torch.ones(1, 1, 2)
     q[..., 1] = 0
-    keys = KeyList.of(torch.tensor([[1, 2, 3]]), 1)
+    keys = key_list(torch.tensor([[1, 2, 3]]), 1)
     without = sparse_attention(q, DenseRows(pool), keys, torch.tensor([-torch.inf]), 1.0)
     assert without[0, 0, 1].item() == pytest.approx(7 / 3, rel=1e-6)
     with_sink = sparse_attention(q, DenseRows(pool), keys, torch.tensor([0.0]), 1.0)
@@ -127,17 +135,17 @@ def test_ties_share_the_weight_and_the_sink_takes_its_part() -> None:
 
 def test_a_key_listed_twice_counts_twice() -> None:
     pool = torch.tensor([[0.0], [1.0], [4.0]])
-    keys = KeyList.of(torch.tensor([[1, 1, 2]]), 3)
+    keys = key_list(torch.tensor([[1, 1, 2]]), 3)
     got = sparse_attention(torch.zeros(1, 1, 1), DenseRows(pool), keys, torch.tensor([0.0]), 1.0)
     assert got.item() == 1.5
 
 
 def test_key_list_of_an_index() -> None:
-    keys = KeyList.of(torch.tensor([[5, -1, 0, -1]]), 2)
-    assert keys.index.tolist() == [[5, 0, 0, 0]]
+    keys = key_list(torch.tensor([[5, -1, 0, -1]]), 2)
+    assert keys.index.tolist() == [5, 0, 0, 0]
     assert keys.bias.tolist() == [[[0.0, -torch.inf, 0.0, -torch.inf]]]
     with pytest.raises(AssertionError):
-        KeyList.of(torch.zeros(1, 5, dtype=torch.int64), 2)
+        key_list(torch.zeros(1, 5, dtype=torch.int64), 2)
 
 
 @pytest.mark.parametrize("shape", INVARIANT)
@@ -201,10 +209,12 @@ def test_other_queries_do_not_matter(dtype: torch.dtype) -> None:
 def test_masked_slots_do_not_matter() -> None:
     """A key stays in its slot; what lies in slots without a key is multiplied by an exact zero."""
     case = Case(6, 4, 64, 32, 2, torch.float32)
-    keys = KeyList.of(case.index, case.tile)
-    junk = torch.where(case.index < 0, torch.randint(1, case.pool.shape[0], case.index.shape), keys.index)
+    keys = key_list(case.index, case.tile)
+    junk = torch.where(
+        case.index < 0, torch.randint(1, case.pool.shape[0], case.index.shape), keys.index.view_as(case.index)
+    )
     other = sparse_attention(
-        case.q, DenseRows(case.pool), KeyList(junk, keys.bias, case.tile), case.sink, case.scale
+        case.q, DenseRows(case.pool), KeyList(junk.flatten(), keys.bias, case.tile), case.sink, case.scale
     )
     assert same_bits(other, case.result)
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from support.kernels import U32, assert_rows_stand_alone, assert_within, same_bits
-from weft.kernels.compress import FoldPlan, fold_c128, pool_c4
+from support.kernels import U32, assert_rows_stand_alone, assert_within, on_tensors, same_bits
+from weft.kernels import compress
+from weft.kernels.compress import FoldPlan
+
+fold_c128, pool_c4 = on_tensors(compress.fold_c128), on_tensors(compress.pool_c4)
 
 GROUP = 128
 WIDTHS = [1, 3, 33, 64]
@@ -93,11 +97,11 @@ def plan_of(spans: Spans) -> FoldPlan:
     closed = [place for g in range(len(groups)) for place in [order.index(g)] if groups[g][3] % GROUP == 0]
     opened = [place for place, g in enumerate(order) if groups[g][3] % GROUP]
     return FoldPlan(
-        tuple(torch.tensor(step) for step in steps),
-        torch.tensor([groups[g][1] for g in order]),
-        torch.tensor([groups[g][2] % GROUP == 0 for g in order]),
-        torch.tensor(closed, dtype=torch.int64),
-        torch.tensor(opened, dtype=torch.int64),
+        tuple(np.array(step) for step in steps),
+        np.array([groups[g][1] for g in order]),
+        np.array([groups[g][2] % GROUP == 0 for g in order]),
+        np.array(closed, np.int64),
+        np.array(opened, np.int64),
     )
 
 

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from support.kernels import assert_within, gamma, same_bits, threads
-from weft.kernels.indexer import COLUMNS, block_rows, index_scores
+from weft.kernels import indexer
+from weft.kernels.indexer import COLUMNS, block_rows
+
+
+def index_scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
+    scores = indexer.index_scores(q.numpy(), weights.numpy(), keys)
+    return torch.from_numpy(scores)
+
 
 # (heads, dim)
 SHAPES = [(16, 32), (64, 128), (5, 33), (1, 16), (3, 64), (4, 32), (2, 1)]

@@ -41,6 +41,8 @@ LARGE = [(1024, 1024), (512, 4096)]
 ODD = [(1, 1), (3, 1), (1, 3), (7, 33), (33, 64), (5, 4097), (4500, 16)]
 DTYPES = [torch.float32, torch.bfloat16]
 SINGLE = LinearPlan("single", 1)
+PLANS = [LinearPlan("packed", 1), *(LinearPlan("padded", m) for m in (4, 8, 16)), SINGLE]
+PLANS += [LinearPlan("numpy", m) for m in (2, 4)]
 # Larger than any batch the self-check of `choose` tries.
 LONG = (1, 2, 5, 255, 511, 1000, 2047)
 
@@ -130,11 +132,11 @@ def test_place_of_the_weight_does_not_matter(n: int, k: int, dtype: torch.dtype)
 
 @pytest.mark.parametrize(("n", "k"), [*TINY, *LARGE])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("plan", [LinearPlan("packed", 1), *(LinearPlan("padded", m) for m in (4, 8, 16)), SINGLE])
+@pytest.mark.parametrize("plan", PLANS)
 def test_a_plan_that_passes_the_self_check_holds(n: int, k: int, dtype: torch.dtype, plan: LinearPlan) -> None:
     """Whatever `choose` may return: what it accepts after a few sizes of one draw has to hold for all."""
-    if plan not in candidates(n, k):
-        pytest.skip("oneDNN is not available")
+    if plan not in candidates(n, k, dtype):
+        pytest.skip("not a plan for this dtype here")
     if plan != SINGLE and not accepted(plan, n, k, dtype):
         pytest.skip("not invariant for this shape on this machine, and found out")
     weight, x = draw_cancelling(n, k, dtype, rows=ROWS if n * k < 1 << 18 else 110)
@@ -144,7 +146,7 @@ def test_a_plan_that_passes_the_self_check_holds(n: int, k: int, dtype: torch.dt
 def accepted(plan: LinearPlan, n: int, k: int, dtype: torch.dtype) -> bool:
     """The verdict of the self-check on one plan."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear, "candidates", lambda n, k: [plan, SINGLE])
+        patch.setattr(linear, "candidates", lambda n, k, dtype: [plan, SINGLE])
         return linear.choose.__wrapped__(n, k, dtype, 1) == plan
 
 

@@ -61,7 +61,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, faults: dict[LinearPlan, Fault]) -> N
 
         return run
 
-    monkeypatch.setattr(linear, "candidates", lambda n, k: [*faults, LAST])
+    monkeypatch.setattr(linear, "candidates", lambda n, k, dtype: [*faults, LAST])
     monkeypatch.setattr(linear, "_runner", runner)
 
 
@@ -104,7 +104,7 @@ def test_linear_runs_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_plain_blas_planted_first_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real fault: F.linear as it is."""
     plain = LinearPlan("padded", 1)
-    monkeypatch.setattr(linear, "candidates", lambda n, k: [plain, LAST])
+    monkeypatch.setattr(linear, "candidates", lambda n, k, dtype: [plain, LAST])
     shapes = [(64, 128), (256, 48), (24, 512), (512, 4096)]
     picked = {pick(n, k) for n, k in shapes}
     if picked == {plain}:
@@ -114,7 +114,7 @@ def test_plain_blas_planted_first_is_rejected(monkeypatch: pytest.MonkeyPatch) -
 
 def test_every_list_ends_with_row_by_row() -> None:
     for n, k in ((1, 1), (8, 128), (512, 512), (129_280, 4096)):
-        plans = candidates(n, k)
+        plans = candidates(n, k, torch.float32)
         assert plans[-1] == LAST
         assert len(set(plans)) == len(plans)
 
@@ -122,8 +122,14 @@ def test_every_list_ends_with_row_by_row() -> None:
 def test_prepacking_is_preferred_for_large_weights_only() -> None:
     if not torch.backends.mkldnn.is_available():
         pytest.skip("oneDNN is not available")
-    assert candidates(1024, 1024)[0].method == "packed"
-    assert candidates(64, 128)[0].method == "padded"
+    assert candidates(1024, 1024, torch.float32)[0].method == "packed"
+    assert candidates(64, 128, torch.bfloat16)[0].method == "padded"
+
+
+def test_numpy_is_preferred_for_small_float32_weights_only() -> None:
+    assert candidates(64, 128, torch.float32)[0].method == "numpy"
+    for case in ((1024, 1024, torch.float32), (64, 128, torch.bfloat16)):
+        assert all(plan.method != "numpy" for plan in candidates(*case))
 
 
 def test_choice_is_made_once_per_shape_dtype_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,12 +13,16 @@ from support.kernels import (
     assert_within,
     differing_windows,
     gamma,
+    on_tensors,
     same_bits,
     threads,
 )
-from weft.kernels.activation import sqrt_softplus, swiglu
+from weft.kernels import activation, moe
 from weft.kernels.linear import Linear
-from weft.kernels.moe import Expert, expert_weights, route, run_experts
+from weft.kernels.moe import Expert
+
+sqrt_softplus, swiglu = on_tensors(activation.sqrt_softplus), on_tensors(activation.swiglu)
+expert_weights, route, run_experts = map(on_tensors, (moe.expert_weights, moe.route, moe.run_experts))
 
 # (experts, chosen per token, width, inner width)
 SHAPES = [(8, 3, 128, 64), (4, 1, 33, 3), (5, 5, 64, 33), (16, 6, 48, 20)]

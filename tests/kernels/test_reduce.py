@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from support.kernels import ROWS, assert_rows_stand_alone, assert_within, gamma, same_bits
-from weft.kernels.reduce import halving_sum, left_fold
+from support.kernels import ROWS, assert_rows_stand_alone, assert_within, gamma, on_tensors, same_bits
+from weft.kernels import reduce
+
+halving_sum, left_fold = on_tensors(reduce.halving_sum), on_tensors(reduce.left_fold)
 
 
 def halved(terms: list[np.float32]) -> np.float32:

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.kernels import threads
+from support.kernels import arrays, on_tensors, threads
 from weft.kernels import indexer
-from weft.kernels.indexer import COLUMNS, QueryBlocks, block_rows, select_entries
+from weft.kernels.indexer import COLUMNS, QueryBlocks, block_rows
 from weft.kernels.kv_rows import DenseRows
 
+select_entries = on_tensors(indexer.select_entries)
 UNTOUCHED = -7  # what `out` holds where nothing was written
 
 
@@ -48,7 +49,7 @@ class Batch:
         rows = torch.tensor([part + part[-1:] * (size - len(part)) for part in parts])
         keep = torch.arange(size) < torch.tensor([[len(part)] for part in parts])
         owner = torch.tensor([self.sequence[part[0]] for part in parts])
-        return QueryBlocks(rows, keep, owner, torch.tensor(self.visible)[rows])
+        return QueryBlocks(*arrays((rows, keep, owner, torch.tensor(self.visible)[rows])))
 
     def of_size(self, size: int) -> list[QueryBlocks]:
         """All queries in one group, `size` at a time."""
@@ -129,7 +130,7 @@ def test_only_kept_rows_are_written() -> None:
 def test_no_blocks() -> None:
     batch = draw(16, 32, [[50]], 4)
     empty = torch.empty(0, 4, dtype=torch.int64)
-    blocks = QueryBlocks(empty, empty.bool(), torch.empty(0, dtype=torch.int64), empty)
+    blocks = QueryBlocks(*arrays((empty, empty.bool(), torch.empty(0, dtype=torch.int64), empty)))
     assert batch.select([blocks]).tolist() == [[UNTOUCHED] * 4]
 
 

@@ -29,7 +29,8 @@ def shared_memory(monkeypatch: pytest.MonkeyPatch) -> list[hf.FullWidth]:
         return Expert(linear.Linear(made[0].gate_up[number]), linear.Linear(made[0].down[number]))
 
     monkeypatch.setattr(ffn, "_expert", expert)
-    monkeypatch.setattr(linear, "candidates", lambda n, k: [linear.LinearPlan("padded", m) for m in (4, 8, 16)])
+    plans = [linear.LinearPlan("padded", m) for m in (4, 8, 16)]
+    monkeypatch.setattr(linear, "candidates", lambda n, k, dtype: plans)
     linear.choose.cache_clear()
     yield made
     linear.choose.cache_clear()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +21,34 @@ U32 = 2.0**-24
 U16 = 2.0**-8  # bfloat16
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def arrays(x: Any) -> Any:
+    """Every tensor in x, in tuples too, as an array; memory is shared, bfloat16 widened."""
+    if isinstance(x, Tensor):
+        return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+    if isinstance(x, tuple):
+        return type(x)(*map(arrays, x)) if hasattr(x, "_fields") else tuple(map(arrays, x))
+    return x
+
+
+def tensors(x: Any) -> Any:
+    """The way back."""
+    if isinstance(x, np.ndarray):
+        return torch.from_numpy(x)
+    if isinstance(x, tuple):
+        return type(x)(*map(tensors, x)) if hasattr(x, "_fields") else tuple(map(tensors, x))
+    return x
+
+
+def on_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of arrays as one of tensors, which most helpers here are written for."""
+
+    @wraps(function, updated=())
+    def run(*args: Any) -> Any:
+        return tensors(function(*map(arrays, args)))
+
+    return run
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
