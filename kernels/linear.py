@@ -52,7 +52,9 @@ class LinearPlan:
         return f"{self.method}/{self.row_multiple}"
 
 
-FAST = LinearPlan("padded", 1)
+def fast(n: int, k: int, dtype: torch.dtype) -> LinearPlan:
+    """The quickest plan that makes no promise: rows are not padded."""
+    return LinearPlan("numpy" if dtype == torch.float32 and n * k < _PACK_FROM else "padded", 1)
 
 
 class Linear:
@@ -69,7 +71,8 @@ class Linear:
         self.dtype = weight.dtype
         weight = _aligned(weight)
         size = self.out_features, self.in_features
-        self.plan = choose(*size, weight.dtype, torch.get_num_threads()) if deterministic else FAST
+        threads = torch.get_num_threads()
+        self.plan = choose(*size, weight.dtype, threads) if deterministic else fast(*size, weight.dtype)
         self._run_array: Callable[[Array], Array] | None = None
         if self.plan.method == "numpy":
             self._run_array = _numpy_runner(self.plan.row_multiple, weight)

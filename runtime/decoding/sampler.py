@@ -58,10 +58,9 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
         scaled = _filter((scores[rows] - best) / temperature[:, None], chosen)
         keys = torch.tensor([stream_key(d.seed, d.position) for d in chosen])
         noisy = scaled.double() + gumbel(keys, scores.shape[1])
-        best = _first_argmax(scores)
-        best[rows] = _first_argmax(noisy)
-        return [int(token) for token in best]
-    return [int(token) for token in _first_argmax(scores)]
+        warmed = dict(zip(warm, _first_argmax(noisy), strict=True))
+        return [warmed.get(i, token) for i, token in enumerate(_first_argmax(scores))]
+    return _first_argmax(scores)
 
 
 def logprobs(
@@ -80,11 +79,10 @@ def logprobs(
     return out
 
 
-def _first_argmax(scores: Tensor) -> Tensor:
-    """torch.argmax does not promise which of equal maxima it returns."""
-    width = scores.shape[1]
-    best = scores == scores.amax(1, keepdim=True)
-    return torch.where(best, torch.arange(width), width).amin(1)
+def _first_argmax(scores: Tensor) -> list[int]:
+    """numpy promises the first of equal maxima, torch does not."""
+    best: list[int] = scores.numpy().argmax(1).tolist()
+    return best
 
 
 def _adjust(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
