@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import itertools
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as Seq
 from importlib import import_module
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from weft.runtime.model.model import Model
 
 Progress = Callable[[int, int, str], None]
+_PATIENCE = 0.5  # seconds beyond a deadline for the core to say so itself
 
 
 class Engine:
@@ -191,17 +193,18 @@ class Engine:
         if not self._closed and self._death is None:
             self._link.send(message)
 
-    async def call(self, make: Callable[[int], m.Request]) -> AsyncIterator[m.Delta | m.Done]:
+    async def call(self, make: Callable[[int], m.Call]) -> AsyncIterator[m.Delta | m.Done]:
         """Send a call and yield its events up to Done; leaving early cancels it."""
         number = self.new_id()
+        message = make(number)
         events: asyncio.Queue[m.Event] = asyncio.Queue()
         with self._lock:
             self._calls[number] = (asyncio.get_running_loop(), events)
         finished = False
         try:
-            self.send(make(number))
+            self.send(message)
             while not finished:
-                event = await events.get()
+                event = await _before(getattr(message, "deadline", None), events)
                 finished = not isinstance(event, m.Delta)
                 if isinstance(event, m.Failed):
                     raise _exception(event)
@@ -212,7 +215,7 @@ class Engine:
             if not finished:
                 self.post(m.Cancel(number))
 
-    async def result(self, make: Callable[[int], m.Request]) -> m.Done:
+    async def result(self, make: Callable[[int], m.Call]) -> m.Done:
         """The Done of a call without deltas."""
         async for event in self.call(make):
             if isinstance(event, m.Done):
@@ -244,6 +247,17 @@ class Engine:
             waiting = list(self._calls)
         for call in waiting:
             self._deliver(m.Failed(call, kind, reason))
+
+
+async def _before(deadline: float | None, events: asyncio.Queue[m.Event]) -> m.Event:
+    """The next event. The core ends a call at its deadline, but not while it is being replaced."""
+    if deadline is None:
+        return await events.get()
+    try:
+        async with asyncio.timeout(deadline + _PATIENCE - time.monotonic()):
+            return await events.get()
+    except TimeoutError:
+        raise errors.DeadlineExceeded("the deadline passed and the core does not answer") from None
 
 
 def _exception(event: m.Failed) -> errors.WeftError:

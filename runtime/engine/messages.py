@@ -86,7 +86,8 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
     """End the core."""
 
 
-Request = Open | Extend | Truncate | Fork | Generate | Score | Cancel | Close | Stop
+Call = Truncate | Fork | Generate | Score  # ends with `Done` or `Failed`
+Request = Open | Extend | Call | Cancel | Close | Stop
 
 # -- core to front ----------------------------------------------------------------------------------------
 

@@ -229,3 +229,17 @@ def test_a_loop_that_is_gone_leaves_nothing_behind() -> None:
     with running() as engine:
         finish(work(engine))
         wait_for(lambda: is_idle(engine))
+
+
+def test_a_deadline_passes_while_the_core_does_not_answer() -> None:
+    gate = Gate()
+
+    async def work(engine: Engine) -> None:
+        gate.shut()
+        with pytest.raises(DeadlineExceeded, match="does not answer"):
+            await engine.generate(PROMPT, SHORT, deadline=0.1)
+        gate.open()
+        await until(lambda: free(core_of(engine).pools))
+
+    with running(gate) as engine:
+        finish(work(engine))
