@@ -18,10 +18,32 @@ Params = Mapping[str, Tensor]
 NEG_INF = -1e30  # finite: a row of them must not make NaN
 
 
+def choose(config: ModelConfig, params: Params, x: Tensor, positions: Tensor, turn: Any, mode: Mode) -> Tensor:
+    """bool [B, T, E]: the entries that the indexer of a c4a layer chooses for each token.
+
+    A function of its own, because a compiler may compute parts of `attend` again for its gradient, and rounded
+    otherwise they can choose otherwise: an entry that was not attended to may then outweigh all others.
+    """
+    qr = norm(product(x, params["wq_a.weight"], mode), params["q_norm.weight"], config)
+    scores = _index_scores(config, params, x, qr, positions, turn, mode)
+    visible = _visible(positions, C4)
+    k = min(config.index_topk, scores.shape[-1])
+    best = scores.masked_fill(~visible, -torch.inf).topk(k, -1).indices
+    return torch.zeros_like(visible).scatter(-1, best, True) & visible
+
+
 def attend(
-    config: ModelConfig, params: Params, x: Tensor, positions: Tensor, turn: Any, kind: str, mode: Mode
+    config: ModelConfig,
+    params: Params,
+    x: Tensor,
+    positions: Tensor,
+    turn: Any,
+    kind: str,
+    chosen: Tensor | None,
+    mode: Mode,
 ) -> tuple[Tensor, Tensor]:
-    """x [B, T, D] normed -> [B, T, D], and the indexer's loss (0 but in c4a layers)."""
+    """x [B, T, D] normed -> [B, T, D], and the indexer's loss (0 but in c4a layers). chosen: what `choose` gave;
+    None attends to every visible entry."""
     heads, dim = config.num_attention_heads, config.head_dim
     cos, sin = turn
     qr = norm(product(x, params["wq_a.weight"], mode), params["q_norm.weight"], config)
@@ -30,25 +52,22 @@ def attend(
     kv = norm(product(x, params["wkv.weight"], mode), params["kv_norm.weight"], config)
     kv = _round_kv(rotate(kv, cos, sin), config, mode)
     logits, near = _window_logits(q, kv, positions, config, mode)
-    entries, visible, scores = None, None, None
+    entries, attended, scores = None, None, None
     if kind != "window":
         ratio = C4 if kind == "c4a" else C128
         entries = _entries(config, params, "compressor.", x, positions, turn, ratio)
         entries = _round_kv(entries, config, mode)
-        visible = _visible(positions, ratio)
+        attended = _visible(positions, ratio) if chosen is None else chosen
         far_logits = torch.einsum("bthd,bed->bthe", q.to(mode.dtype), entries.to(mode.dtype)).float() * dim**-0.5
-        attended = visible
         if kind == "c4a":
             scores = _index_scores(config, params, x.detach(), qr.detach(), positions, turn, mode)
-            if mode.sparse:
-                attended = _best(scores, visible, config.index_topk)
         far_logits = far_logits.masked_fill(~attended[:, :, None], NEG_INF)
         logits = torch.cat((logits, far_logits), -1)
     sink = params["attn_sink"][:, None].expand(*logits.shape[:3], 1)
     weights = torch.softmax(torch.cat((logits, sink), -1), -1)
     out = _window_values(weights[..., : 2 * config.sliding_window], near, mode)
     loss = x.new_zeros(())
-    if entries is not None:
+    if entries is not None and attended is not None:
         far = weights[..., 2 * config.sliding_window : -1]
         out = out + torch.einsum("bthe,bed->bthd", far.to(mode.dtype), entries.to(mode.dtype)).float()
         if scores is not None:
@@ -131,13 +150,6 @@ def _index_scores(
     return scores
 
 
-def _best(scores: Tensor, visible: Tensor, k: int) -> Tensor:
-    """bool like visible: each token's k visible entries with the highest scores."""
-    k = min(k, scores.shape[-1])
-    best = scores.detach().masked_fill(~visible, -torch.inf).topk(k, -1).indices
-    return torch.zeros_like(visible).scatter(-1, best, True) & visible
-
-
 def _index_loss(scores: Tensor, mass: Tensor, attended: Tensor) -> Tensor:
     """Mean over tokens of KL(attention mass over the attended entries || softmax of the scores over them)."""
     total = mass.sum(-1, keepdim=True)
@@ -145,9 +157,5 @@ def _index_loss(scores: Tensor, mass: Tensor, attended: Tensor) -> Tensor:
     guess = torch.log_softmax(scores.masked_fill(~attended, NEG_INF), -1)
     gap = target * (torch.log(target.clamp_min(1e-9)) - guess)
     # A token that attends little to any entry has little to teach.
-    loud = total[..., 0] / weights_scale(total)
+    loud = total[..., 0] / total.mean().clamp_min(1e-6)
     return (gap.masked_fill(~attended, 0).sum(-1) * loud).mean()
-
-
-def weights_scale(total: Tensor) -> Tensor:
-    return total.mean().clamp_min(1e-6)

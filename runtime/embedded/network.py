@@ -53,12 +53,14 @@ class Network:
     enter: Callable[..., tuple[Tensor, Tensor, Tensor]]
     leave: Callable[..., Tensor]
     experts: Callable[..., tuple[Tensor, Tensor]]
+    choose: Callable[..., Tensor]
     attend: Callable[..., tuple[Tensor, Tensor]]
 
     @classmethod
     def build(cls, config: ModelConfig, wrap: Callable[[Any], Any] = lambda function: function) -> Network:
         """wrap: torch.compile, on a GPU."""
-        return cls(config, *map(wrap, (layers.enter, layers.leave, layers.experts, attention.attend)))
+        parts = layers.enter, layers.leave, layers.experts, attention.choose, attention.attend
+        return cls(config, *map(wrap, parts))
 
     def __call__(self, params: Params, ids: Tensor, positions: Tensor, mode: Mode) -> Output:
         """ids, positions: [B, T] int64, T a multiple of 128 and of the window."""
@@ -95,15 +97,24 @@ class Network:
         """[N, hc, D] -> the same, the indexer's loss and the experts' load. picks: [N, k] of a hash layer."""
         config = self.config
         x, post, comb = self.enter(config, h, *_mixer(own, "attn"))
-        arguments = (config, under(own, "attn."), x.unflatten(0, positions.shape), positions, turn, kind, mode)
-        if mode.recompute:
-            y, loss = checkpoint(self.attend, *arguments, use_reentrant=False)
-        else:
-            y, loss = self.attend(*arguments)
+        y, loss = self._attended(under(own, "attn."), x.unflatten(0, positions.shape), positions, turn, kind, mode)
         h = self.leave(h, y.flatten(0, 1), post, comb)
         x, post, comb = self.enter(config, h, *_mixer(own, "ffn"))
         y, load = self.experts(config, under(own, "ffn."), x, picks, mode)
         return self.leave(h, y, post, comb), loss, load
+
+    def _attended(
+        self, own: Params, x: Tensor, positions: Tensor, turn: Turn, kind: str, mode: Mode
+    ) -> tuple[Tensor, Tensor]:
+        chosen = None
+        if kind == "c4a" and mode.sparse:
+            with torch.no_grad():
+                chosen = self.choose(self.config, own, x, positions, turn, mode)
+        arguments = (self.config, own, x, positions, turn, kind, chosen, mode)
+        if not mode.recompute:
+            return self.attend(*arguments)
+        out: tuple[Tensor, Tensor] = checkpoint(self.attend, *arguments, use_reentrant=False)
+        return out
 
 
 def _mixer(own: Params, part: str) -> tuple[Tensor, ...]:
