@@ -18,7 +18,7 @@ from weft.runtime.cache.pools import Pools
 from weft.runtime.cache.sequence import SequenceState
 from weft.runtime.checkpoint.dummy import dummy_weights
 from weft.runtime.config import preset
-from weft.runtime.model.batch import Batch, Span
+from weft.runtime.model.batch import Batch
 from weft.runtime.model.model import Model
 
 CASES = [(4096, 512), (8192, 512), (16384, 512), (32768, 512), (32768, 32768)]
@@ -36,7 +36,7 @@ def prefill(length: int, chunk: int) -> dict[str, float]:
     for start in range(0, length, chunk):
         part = ids[start : start + chunk]
         state.reserve(len(part))
-        model.forward(part, Batch(pools, [Span(state.slot, start, len(part))]))
+        model.forward(part, Batch(pools, [state.span(len(part))]))
         state.commit(len(part))
     seconds = time.perf_counter() - started
     return {

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from weft.runtime.cache.base import Span
 from weft.runtime.cache.capacity import KINDS, TOKENS_PER_ROW, PageKind
 from weft.runtime.cache.pools import Pools
 
@@ -18,8 +21,36 @@ class SequenceState:
         self.pools = pools
         self.slot = pools.take_slot()
         self.length = 0
+        # Entries of groups below `chain` are there; a replay, if one is on, has begun at `floor`, else 0.
+        self.chain = self.floor = 0
         # Logical page number -> page; window pages that the window has left are gone.
         self.pages: dict[PageKind, dict[int, int]] = {kind: {} for kind in KINDS}
+
+    # -- beginning behind a chain -----------------------------------------------------------------------
+
+    def adopt(self, pages: Mapping[PageKind, Mapping[int, int]], chain: int) -> None:
+        """Share the entry pages of the first `chain` tokens; the state must be empty. It then has to be given raw
+        state (`cache.base`), by `restore` or `begin_replay`."""
+        assert self.length == 0 and not any(self.pages.values())
+        self.chain = chain
+        for kind, own in pages.items():
+            for number, page in own.items():
+                self._hold(kind, number, self.pools.allocators[kind].share(page))
+
+    def begin_replay(self, start: int) -> None:
+        """Tokens from `start` on are computed next; see `cache.base.replay_start`."""
+        assert 0 <= start <= self.chain
+        self.length = self.floor = start
+
+    @property
+    def behind(self) -> int:
+        """Tokens to compute until the raw state is that of the chain's end."""
+        return max(self.chain - self.length, 0)
+
+    def span(self, count: int) -> Span:
+        """The next `count` tokens. A replay ends where the chain does."""
+        assert not self.behind or count <= self.behind
+        return Span(self.slot, self.length, count, self.chain, self.floor)
 
     # -- growth: can_reserve / reserve, then the model writes, then commit ------------------------------
 
@@ -44,8 +75,9 @@ class SequenceState:
     def _new_pages(self, kind: PageKind, count: int) -> range | list[int]:
         """Logical pages to allocate before `count` tokens: the missing ones and a shared one to be written."""
         ratio, size = TOKENS_PER_ROW[kind], self.pools.sizes.page
-        first, end = self.length // ratio, (self.length + count) // ratio
-        if first == end:
+        start = self.length if kind == "window" else max(self.length, self.chain)
+        first, end = start // ratio, (self.length + count) // ratio
+        if first >= end:
             return []
         if kind == "window" and self.pools.config.has_mtp:
             first = max(0, first - 1)  # the MTP row of the last token is written with the next one
@@ -60,6 +92,8 @@ class SequenceState:
     def commit(self, count: int) -> None:
         """The model has written `count` tokens: advance, and drop window pages no later token reads."""
         self.length += count
+        if not self.behind:
+            self.floor = 0
         # A continuation reads W-1 rows back; its MTP row, at length-1, one more.
         oldest = max(0, self.length - self.pools.config.sliding_window)
         held = self.pages["window"]
@@ -72,7 +106,7 @@ class SequenceState:
     def fork(self) -> SequenceState:
         """A sequence with the same history, sharing every page. Ask `pools.free_slots` first."""
         child = SequenceState(self.pools)
-        child.length = self.length
+        child.length, child.chain, child.floor = self.length, self.chain, self.floor
         for kind in KINDS:
             allocator = self.pools.allocators[kind]
             child.pages[kind] = {n: allocator.share(page) for n, page in self.pages[kind].items()}

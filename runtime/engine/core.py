@@ -28,7 +28,7 @@ from weft.runtime.errors import (
     RequestError,
     WeftError,
 )
-from weft.runtime.model.batch import Batch, Span
+from weft.runtime.model.batch import Batch
 from weft.runtime.model.model import Model
 from weft.runtime.text.tokenizer import Tokenizer
 
@@ -253,7 +253,7 @@ class Core:
     def _forward(self, work: list[Work]) -> tuple[tuple[Tensor, ...], Tensor]:
         """Run the work and commit it; returns each item's streams [n, hc, D], and [S, hc, D] those before them."""
         now = time.monotonic()
-        spans = [Span(item.state.slot, item.state.length, len(item.tokens)) for item in work]
+        spans = [item.state.span(len(item.tokens)) for item in work]
         ids = torch.tensor([token for item in work for token in item.tokens])
         previous = self.pools.streams[torch.tensor([span.slot for span in spans])]
         streams = self.model.forward(ids, Batch(self.pools, spans))

@@ -7,7 +7,7 @@ with numpy operations over the whole batch: at a few tokens they cost a third of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -18,21 +18,13 @@ from weft.kernels.attention import KeyList
 from weft.kernels.compress import FoldPlan
 from weft.kernels.indexer import COLUMNS, QueryBlocks, block_rows
 from weft.kernels.linear import Index
+from weft.runtime.cache.base import Span
 from weft.runtime.cache.capacity import C4_TAIL, PageKind
 from weft.runtime.cache.pools import Pools
 from weft.runtime.config import C4, C128
 
 # Prefill queries scored together by the indexer: they read the same keys.
 _PREFILL_BLOCK = 16
-
-
-@dataclass(frozen=True)
-class Span:
-    """`count` consecutive tokens of the sequence in `slot`, the first at position `start`."""
-
-    slot: int
-    start: int
-    count: int
 
 
 @dataclass(frozen=True)
@@ -62,10 +54,28 @@ class Batch:
         self.starts: Index = table[1]
         self.counts: Index = table[2]
         self.ends = self.starts + self.counts
+        self.chains: Index = np.array([span.chain for span in spans])
         self.offsets = self.counts.cumsum() - self.counts
         self.sequence = np.repeat(np.arange(len(spans)), self.counts)
         self.tokens = len(self.sequence)
         self.positions = np.arange(self.tokens) + (self.starts - self.offsets)[self.sequence]
+
+    def at_layer(self, layer: int) -> tuple[Batch | None, Index]:
+        """The batch of the rows that a layer computes, and which of this one's rows they are; None if it computes
+        none. Itself where no span is replayed."""
+        reach = (self.pools.config.sliding_window - 1) * layer
+        bound = np.array([span.floor + reach if span.floor else 0 for span in self.spans])
+        keep = np.flatnonzero(self.positions >= bound[self.sequence])
+        spans = []
+        for span, first in zip(self.spans, bound.tolist(), strict=True):
+            skipped = min(max(first - span.start, 0), span.count)
+            if skipped < span.count:
+                spans.append(replace(span, start=span.start + skipped, count=span.count - skipped))
+        return (Batch(self.pools, spans) if spans else None), keep
+
+    @cached_property
+    def replays(self) -> bool:
+        return any(span.floor for span in self.spans)
 
     # -- rows -------------------------------------------------------------------------------------------
 
@@ -223,7 +233,7 @@ class Batch:
         closed = (end % C128 == 0)[order]
         # Completed entries come back in the order of `c128_pooling`: by sequence, then by entry.
         rank = np.argsort(order)
-        closed_groups = rank[np.flatnonzero(end % C128 == 0)]
+        closed_groups = rank[np.flatnonzero((end % C128 == 0) & (end > self.chains[owner]))]
         return FoldPlan(
             rows,
             self.slots[owner][order],
@@ -233,8 +243,8 @@ class Batch:
         )
 
     def _pooling(self, kind: PageKind, ratio: int) -> Pooling:
-        first = self.starts // ratio
-        counts = self.ends // ratio - first
+        first = np.maximum(self.starts, self.chains) // ratio
+        counts = np.maximum(self.ends // ratio - first, 0)
         sequence = np.repeat(np.arange(counts.size), counts)
         entry = np.arange(sequence.size) - (counts.cumsum() - counts)[sequence] + first[sequence]
         return Pooling(sequence, entry, self.rows(kind, sequence, entry), entry * ratio)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,9 +61,11 @@ class Model:
     def forward(self, ids: Tensor, batch: Batch) -> Tensor:
         """Backbone streams of every token, before the readout.
 
-        ids: [T] int64 token ids in batch order. Returns [T, hc, D]. Writes KV rows, entries and tails of the
-        batch's sequences, and their last streams to `Pools.streams`.
+        ids: [T] int64 token ids in batch order. Returns [T, hc, D]; zeros for rows of a replay that are left out.
+        Writes KV rows, entries and tails of the batch's sequences, and their last streams to `Pools.streams`.
         """
+        if batch.replays:
+            return self._replay(ids, batch)
         step = StepContext(batch, self.rope)
         h = self.embed.index_select(0, ids).float().numpy()[:, None].repeat(self.config.hc_mult, 1)
         numbers = ids.numpy()
@@ -71,6 +74,24 @@ class Model:
         streams = torch.from_numpy(h).to(self.dtype)
         batch.pools.streams[torch.from_numpy(batch.slots)] = torch.from_numpy(h[batch.last]).to(self.dtype)
         return streams
+
+    def _replay(self, ids: Tensor, batch: Batch) -> Tensor:
+        """`forward` with fewer rows from layer to layer."""
+        h = self.embed.index_select(0, ids).float().numpy()[:, None].repeat(self.config.hc_mult, 1)
+        out = torch.zeros(h.shape, dtype=self.dtype)
+        rows = np.arange(batch.tokens)
+        part: Batch | None = batch
+        for layer, block in enumerate(self.blocks):
+            part, keep = batch.at_layer(layer)
+            if part is None:
+                return out
+            h = h[np.searchsorted(rows, keep)]
+            rows = keep
+            h = block(h, ids.numpy()[rows], StepContext(part, self.rope))
+        assert part is not None
+        out[torch.from_numpy(rows)] = torch.from_numpy(h).to(self.dtype)
+        batch.pools.streams[torch.from_numpy(part.slots)] = torch.from_numpy(h[part.last]).to(self.dtype)
+        return out
 
     @torch.inference_mode()
     def logits(self, h: Tensor) -> Tensor:

@@ -11,10 +11,11 @@ from torch import Tensor
 from support.engine import free, small_config, small_model, some_tokens
 from support.run import run, run_streams, step
 from weft.kernels.kv_rows import DenseRows, Fp4Keys, Fp8Keys, Fp8KvRows
+from weft.runtime.cache.base import Span
 from weft.runtime.cache.capacity import KINDS, IndexFormat, KvFormat, PoolSizes
 from weft.runtime.cache.pools import Pools
 from weft.runtime.cache.sequence import SequenceState
-from weft.runtime.model.batch import Batch, Span
+from weft.runtime.model.batch import Batch
 
 SIZES = PoolSizes(tokens=1024, slots=4, context=512, burst=512, page=16)
 
@@ -176,7 +177,7 @@ def mtp_step(state: SequenceState, part: list[int]) -> Tensor:
     model, pools, start = small_model(), state.pools, state.length
     before = pools.streams[state.slot].clone()
     state.reserve(len(part))
-    streams = model.forward(torch.tensor(part), Batch(pools, [Span(state.slot, start, len(part))]))
+    streams = model.forward(torch.tensor(part), Batch(pools, [state.span(len(part))]))
     first = max(0, start - 1)
     rows = streams[:-1] if start == 0 else torch.cat((before[None], streams[:-1]))
     following = torch.tensor(part[1:] if start == 0 else part)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from weft.runtime.cache.base import Span
 from weft.runtime.cache.capacity import PoolSizes
 from weft.runtime.cache.pools import Pools
 from weft.runtime.cache.sequence import SequenceState
@@ -17,7 +18,7 @@ from weft.runtime.embedded.layers import Mode
 from weft.runtime.embedded.network import Network
 from weft.runtime.embedded.params import stack
 from weft.runtime.embedded.rows import Document, as_rows, pack
-from weft.runtime.model.batch import Batch, Span
+from weft.runtime.model.batch import Batch
 from weft.runtime.model.model import Model
 
 CONFIG = dataclasses.replace(preset("tiny"), num_hidden_layers=5, compress_ratios=(0, 4, 128, 4, 4, 0))

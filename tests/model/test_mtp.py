@@ -6,9 +6,10 @@ import torch
 from support import hf
 from support.reference import reference_mtp
 from support.run import pools_for, run_streams
+from weft.runtime.cache.base import Span
 from weft.runtime.cache.sequence import SequenceState
 from weft.runtime.config import preset
-from weft.runtime.model.batch import Batch, Span
+from weft.runtime.model.batch import Batch
 from weft.runtime.model.model import Model
 
 LENGTH = 150
@@ -29,7 +30,7 @@ def mtp_in_pieces(model: Model, ids: list[int], pieces: list[int]) -> torch.Tens
     for size in pieces:
         part = ids[start : start + size]
         state.reserve(len(part))
-        streams = model.forward(torch.tensor(part), Batch(state.pools, [Span(state.slot, start, len(part))]))
+        streams = model.forward(torch.tensor(part), Batch(state.pools, [state.span(len(part))]))
         rows = streams[:-1] if previous is None else torch.cat((previous[None], streams[:-1]))
         first = max(0, start - 1)
         if rows.shape[0]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from weft.runtime.cache.capacity import IndexFormat, KvFormat, PoolSizes
 from weft.runtime.cache.pools import Pools
 from weft.runtime.cache.sequence import SequenceState
-from weft.runtime.model.batch import Batch, Span
+from weft.runtime.model.batch import Batch
 from weft.runtime.model.model import Model
 
 
@@ -37,7 +37,7 @@ def step(model: Model, work: Sequence[tuple[SequenceState, Sequence[int]]]) -> l
     """One forward over (sequence, its next tokens); returns each sequence's streams [n, hc, D]."""
     for state, ids in work:
         state.reserve(len(ids))
-    spans = [Span(state.slot, state.length, len(ids)) for state, ids in work]
+    spans = [state.span(len(ids)) for state, ids in work]
     batch = Batch(work[0][0].pools, spans)
     flat = torch.tensor([token for _, ids in work for token in ids])
     streams = model.forward(flat, batch)
