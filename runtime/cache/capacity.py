@@ -27,18 +27,25 @@ _INT64 = 8
 class PoolSizes:
     """How much state to hold. tokens: history over all sequences; slots: live sequences, forks included;
     context: longest sequence; burst: tokens of prefill in flight at once, whose window rows are all kept until
-    the step ends; page: rows per page."""
+    the step ends; page: rows per page; checkpoints: saved raw states, each with window rows of its own."""
 
     tokens: int = 65536
     slots: int = 64
     context: int = 65536
     burst: int = 2048
     page: int = 32
+    checkpoints: int = 0
+
+    @property
+    def raw(self) -> int:
+        """Raw states: those of live sequences, then those saved."""
+        return self.slots + self.checkpoints
 
     def pages(self, kind: PageKind, window: int) -> int:
         """Pages of a kind, the null page included. A slot's first and last page may be partly used."""
-        rows = self.burst + self.slots * window if kind == "window" else self.tokens // TOKENS_PER_ROW[kind]
-        return 1 + math.ceil(rows / self.page) + 2 * self.slots
+        if kind == "window":
+            return 1 + math.ceil((self.burst + self.raw * window) / self.page) + 2 * self.raw
+        return 1 + math.ceil(self.tokens // TOKENS_PER_ROW[kind] / self.page) + 2 * self.slots
 
     def table_columns(self, kind: PageKind) -> int:
         """Pages of the longest sequence."""
@@ -66,10 +73,10 @@ class Capacity:
             "c4a entries": layers["c4a"] * pages["c4"] * self._kv_page(),
             "c4a indexer keys": layers["c4a"] * pages["c4"] * self._index_page(),
             "c128a entries": layers["c128a"] * pages["c128"] * self._kv_page(),
-            "compressor tails": sizes.slots
+            "compressor tails": sizes.raw
             * _FLOAT32
             * (layers["c4a"] * C4_TAIL * width + layers["c128a"] * 3 * config.head_dim),
-            "streams": sizes.slots * config.hc_mult * config.hidden_size * self.itemsize,
+            "streams": sizes.raw * config.hc_mult * config.hidden_size * self.itemsize,
             "page tables": sizes.slots * _INT64 * sum(sizes.table_columns(kind) for kind in KINDS),
         }
 

@@ -53,9 +53,9 @@ class Pools:
         c4_layers, c128_layers = config.count("c4a"), config.count("c128a")
         self.index_keys = [self._index_rows(index_format, pages["c4"]) for _ in range(c4_layers)]
         tail_width = 4 * (dim + config.index_head_dim)
-        self.c4_tail = torch.zeros(c4_layers, sizes.slots, C4_TAIL, tail_width)
-        self.c128_fold = torch.zeros(c128_layers, sizes.slots, 3, dim)
-        self.streams = torch.zeros(sizes.slots, config.hc_mult, config.hidden_size, dtype=dtype)
+        self.c4_tail = torch.zeros(c4_layers, sizes.raw, C4_TAIL, tail_width)
+        self.c128_fold = torch.zeros(c128_layers, sizes.raw, 3, dim)
+        self.streams = torch.zeros(sizes.raw, config.hc_mult, config.hidden_size, dtype=dtype)
         # Row of the first entry of each page of a slot's sequence; 0 (the null page) where it holds none.
         self.tables = {
             kind: torch.zeros(sizes.slots, sizes.table_columns(kind), dtype=torch.int64) for kind in KINDS
@@ -109,11 +109,15 @@ class Pools:
 
     def copy_slot(self, source: int, target: int) -> None:
         """Copy the fixed per-sequence state and the page tables."""
+        self.copy_raw(source, target)
+        for table in self.tables.values():
+            table[target] = table[source]
+
+    def copy_raw(self, source: int, target: int) -> None:
+        """Copy tails, folds and streams between slots; those from `sizes.slots` on are the checkpoints'."""
         for tensor in (self.c4_tail, self.c128_fold):
             tensor[:, target] = tensor[:, source]
         self.streams[target] = self.streams[source]
-        for table in self.tables.values():
-            table[target] = table[source]
 
     def check(self) -> None:
         """Invariants of page ownership; raises AssertionError."""

@@ -37,6 +37,15 @@ class SequenceState:
             for number, page in own.items():
                 self._hold(kind, number, self.pools.allocators[kind].share(page))
 
+    def restore(self, cut: int, slot: int, window: Mapping[int, int]) -> None:
+        """Take the raw state at `cut`, at most the chain's end: the fixed part from a slot, and window pages to
+        share. Tokens between the cut and the chain's end are computed next."""
+        assert self.length == 0 and cut <= self.chain and not self.pages["window"]
+        self.length = cut
+        self.pools.copy_raw(slot, self.slot)
+        for number, page in window.items():
+            self._hold("window", number, self.pools.allocators["window"].share(page))
+
     def begin_replay(self, start: int) -> None:
         """Tokens from `start` on are computed next; see `cache.base.replay_start`."""
         assert 0 <= start <= self.chain

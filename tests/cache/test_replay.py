@@ -2,51 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-import random
-from functools import cache
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from support.cuts import cold, model_of, tokens_of
 from support.run import pools_for, run, step
 from weft.runtime.cache.base import replay_start
 from weft.runtime.cache.pools import Pools
 from weft.runtime.cache.sequence import SequenceState
-from weft.runtime.checkpoint.dummy import dummy_weights
 from weft.runtime.config import ModelConfig, preset
 from weft.runtime.model.model import Model
 
 AFTER = 40  # tokens computed behind a cut, to see that its state is right
-
-
-@cache
-def model_of(window: int, *ratios: int) -> Model:
-    config = dataclasses.replace(
-        preset("tiny"),
-        sliding_window=window,
-        num_hidden_layers=len(ratios),
-        compress_ratios=(*ratios, 0),
-        hidden_size=32,
-        vocab_size=64,
-        n_routed_experts=4,
-        moe_intermediate_size=16,
-        q_lora_rank=16,
-        num_attention_heads=2,
-        o_groups=1,
-    )
-    return Model(config, dummy_weights(config, 1))
-
-
-@cache
-def cold(model: Model, length: int) -> Tensor:
-    return run(model, tokens_of(length))
-
-
-def tokens_of(length: int) -> list[int]:
-    return random.Random(7).choices(range(3, 64), k=length)
 
 
 class Scene:
