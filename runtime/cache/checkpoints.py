@@ -16,7 +16,7 @@ from weft.runtime.cache.sequence import SequenceState
 @dataclass(eq=False)
 class Checkpoint:
     """The raw state at `cut`. window: logical number -> page. saves: tokens to compute without it. uses: how often
-    it was restored; used: when it was saved or restored last."""
+    it was restored; used: when it was saved or restored last. dropped: it has nothing any more."""
 
     cut: int
     slot: int
@@ -24,6 +24,7 @@ class Checkpoint:
     saves: int
     used: int
     uses: int = 0
+    dropped: bool = False
 
 
 class Checkpoints:
@@ -60,7 +61,7 @@ class Checkpoints:
         self.held.remove(checkpoint)
         for page in checkpoint.window.values():
             self._pools.allocators["window"].release(page)
-        checkpoint.window = {}
+        checkpoint.window, checkpoint.dropped = {}, True
         self._free.append(checkpoint.slot)
 
     def least(self) -> Checkpoint:

@@ -46,6 +46,9 @@ class PageAllocator:
     def is_shared(self, page: int) -> bool:
         return self._holders[page] > 1
 
+    def holders(self, page: int) -> int:
+        return self._holders[page]
+
     def check(self) -> None:
         """Every page is either free or held."""
         held = sum(count > 0 for count in self._holders)

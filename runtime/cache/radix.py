@@ -13,8 +13,8 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,9 +34,10 @@ def as_tokens(tokens: Sequence[int]) -> Tokens:
 
 
 class Node:
-    """Tokens start .. end of the sequences below it. pages: by kind, logical number -> page."""
+    """Tokens start .. end of the sequences below it. pages: by kind, logical number -> page. marks: what others
+    keep at cuts, start < cut <= end; it goes where the cut goes."""
 
-    __slots__ = ("children", "label", "pages", "parent", "start", "used")
+    __slots__ = ("children", "label", "marks", "pages", "parent", "start", "used")
 
     def __init__(self, label: Tokens, start: int, parent: Node | None) -> None:
         self.label = label
@@ -44,6 +45,7 @@ class Node:
         self.parent = parent
         self.children: dict[int, Node] = {}
         self.pages: dict[ChainKind, dict[int, int]] = {kind: {} for kind in CHAIN_KINDS}
+        self.marks: dict[int, Any] = {}
         self.used = 0
 
     @property
@@ -70,13 +72,20 @@ class Match(NamedTuple):
 class RadixTree:
     """Trees of several namespaces over the same pages; what one holds is never found from another."""
 
-    def __init__(self, allocators: Mapping[PageKind, PageAllocator], page: int) -> None:
-        """page: rows of a page."""
+    def __init__(
+        self,
+        allocators: Mapping[PageKind, PageAllocator],
+        page: int,
+        forget: Callable[[Any], None] = lambda mark: None,
+    ) -> None:
+        """page: rows of a page. forget: called with each mark of what is let go."""
+        self._forget = forget
         self._allocators = allocators
         self._page = page
         self._roots: dict[str, Node] = {}
         self._clock = itertools.count(1)
         self._order = itertools.count()
+        self._held: dict[ChainKind, Counter[int]] = {kind: Counter() for kind in CHAIN_KINDS}
         self._ends: list[tuple[int, int, Node]] = []  # (used, order, end of a path); entries may be out of date
         self.tokens = 0
 
@@ -129,8 +138,8 @@ class RadixTree:
                 node = self._split(node, length)
             leaf = Node(tokens[length:].copy(), length, node)
             for kind in CHAIN_KINDS:
-                share = self._allocators[kind].share
-                leaf.pages[kind] = {n: share(pages[kind][n]) for n in self._numbers(kind, length, len(tokens))}
+                numbers = self._numbers(kind, length, len(tokens))
+                leaf.pages[kind] = {n: self._hold(kind, pages[kind][n]) for n in numbers}
             node.children[int(tokens[length])] = leaf
             self.tokens += len(leaf.label)
             node = leaf
@@ -146,6 +155,8 @@ class RadixTree:
         parent.children[int(node.label[0])] = upper
         node.label, node.start, node.parent = node.label[at - node.start :], at, upper
         upper.children[int(node.label[0])] = node
+        upper.marks = {cut: mark for cut, mark in node.marks.items() if cut <= at}
+        node.marks = {cut: mark for cut, mark in node.marks.items() if cut > at}
         for kind in CHAIN_KINDS:
             own = node.pages[kind]
             above = self._numbers(kind, upper.start, at)
@@ -153,8 +164,12 @@ class RadixTree:
             upper.pages[kind] = {n: own[n] for n in above}
             node.pages[kind] = {n: own[n] for n in below}
             for n in set(above) & set(below):
-                self._allocators[kind].share(own[n])
+                self._hold(kind, own[n])
         return upper
+
+    def _hold(self, kind: ChainKind, page: int) -> int:
+        self._held[kind][page] += 1
+        return self._allocators[kind].share(page)
 
     def _touch(self, node: Node) -> None:
         now = next(self._clock)
@@ -187,9 +202,9 @@ class RadixTree:
         return allocator.can_alloc(count)
 
     def _frees(self, node: Node, kind: ChainKind) -> bool:
-        """Whether the path up to here holds a page of the kind that nobody else does: those above can go later."""
-        allocator = self._allocators[kind]
-        return any(not allocator.is_shared(page) for part in node.path() for page in part.pages[kind].values())
+        """Whether the path up to here has a page of the kind that only the tree holds; those above go later."""
+        holders, held = self._allocators[kind].holders, self._held[kind]
+        return any(holders(page) == held[page] for part in node.path() for page in part.pages[kind].values())
 
     def _drop_end(self, node: Node) -> None:
         if len(node.label) > _PIECE:
@@ -199,9 +214,12 @@ class RadixTree:
         del parent.children[int(node.label[0])]
         node.parent = None
         self.tokens -= len(node.label)
+        for mark in node.marks.values():
+            self._forget(mark)
         for kind in CHAIN_KINDS:
             for page in node.pages[kind].values():
                 self._allocators[kind].release(page)
+                self._held[kind][page] -= 1
         self._note_end(parent)
 
     # -- keeping in order -------------------------------------------------------------------------------
@@ -223,11 +241,13 @@ class RadixTree:
             assert parent is not None and len(node.label) > 0
             assert parent.children[int(node.label[0])] is node and node.start == parent.end
             assert node.used <= parent.used or parent.parent is None
+            assert all(node.start < cut <= node.end for cut in node.marks)
             total += len(node.label)
             for kind in CHAIN_KINDS:
                 assert set(node.pages[kind]) == set(self._numbers(kind, node.start, node.end))
                 held.update((kind, page) for page in node.pages[kind].values())
         assert total == self.tokens
+        assert held == Counter({(k, page): n for k in CHAIN_KINDS for page, n in self._held[k].items() if n})
         return held
 
     def _numbers(self, kind: ChainKind, start: int, end: int) -> range:

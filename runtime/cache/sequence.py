@@ -63,11 +63,13 @@ class SequenceState:
 
     # -- growth: can_reserve / reserve, then the model writes, then commit ------------------------------
 
+    def needs(self, kind: PageKind, count: int) -> int:
+        """Pages that `count` more tokens take."""
+        return len(self._new_pages(kind, count))
+
     def can_reserve(self, count: int) -> bool:
         """Whether `count` more tokens fit now."""
-        return all(
-            self.pools.allocators[kind].can_alloc(sum(1 for _ in self._new_pages(kind, count))) for kind in KINDS
-        )
+        return all(self.pools.allocators[kind].can_alloc(self.needs(kind, count)) for kind in KINDS)
 
     def reserve(self, count: int) -> None:
         """Make the rows of the next `count` tokens writable by this sequence alone."""
@@ -81,7 +83,7 @@ class SequenceState:
                     allocator.release(held[number])
                 self._hold(kind, number, page)
 
-    def _new_pages(self, kind: PageKind, count: int) -> range | list[int]:
+    def _new_pages(self, kind: PageKind, count: int) -> list[int]:
         """Logical pages to allocate before `count` tokens: the missing ones and a shared one to be written."""
         ratio, size = TOKENS_PER_ROW[kind], self.pools.sizes.page
         start = self.length if kind == "window" else max(self.length, self.chain)

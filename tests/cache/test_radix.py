@@ -103,7 +103,7 @@ class Tree(RuleBasedStateMachine):
         if state.can_reserve(count):
             return True
         for kind in CHAIN_KINDS:
-            need = sum(1 for _ in state._new_pages(kind, count))
+            need = state.needs(kind, count)
             free = self.pools.allocators[kind].free
             self.evicted = True
             if not self.tree.evict(kind, need):

@@ -1,0 +1,145 @@
+"""What is known of earlier sequences, and how a new one begins: the tree of chains, checkpoints at its cuts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from weft.runtime.cache.base import replay_start
+from weft.runtime.cache.checkpoints import Checkpoint, Checkpoints
+from weft.runtime.cache.pools import Pools
+from weft.runtime.cache.radix import CHAIN_KINDS, Match, RadixTree, Tokens, as_tokens
+from weft.runtime.cache.sequence import SequenceState
+from weft.runtime.config import ModelConfig
+
+Way = Literal["cold", "checkpoint", "replay"]
+# Why no more than the matched tokens, or more than none of them, need not be computed.
+Reason = Literal["", "no_tokens", "no_checkpoint"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a sequence begins. tokens: all it has. matched: how many of them are known. way, start: from where it
+    computes. work: token rows to compute until all of them are, a replay's rows by the share of layers they take.
+    reason: why it is not fewer."""
+
+    tokens: int
+    matched: int
+    way: Way
+    start: int
+    work: float
+    reason: Reason
+
+    @property
+    def replayed(self) -> int:
+        """Known tokens that are computed again, to the same bits."""
+        return self.matched - self.start
+
+
+class PrefixCache:
+    """Owns a tree and its checkpoints over the pools' pages; `make_room` gives them up to who computes."""
+
+    def __init__(self, pools: Pools) -> None:
+        self._pools = pools
+        self.checkpoints = Checkpoints(pools)
+        self.tree = RadixTree(pools.allocators, pools.sizes.page, self._forget)
+
+    # -- beginning --------------------------------------------------------------------------------------
+
+    def plan(self, tokens: Sequence[int], namespace: str = "") -> Plan:
+        """What `resume` would do, without a trace."""
+        known = as_tokens(tokens)
+        return self._plan(known, self.tree.look(known, namespace))[0]
+
+    def resume(self, tokens: Sequence[int], namespace: str = "") -> tuple[SequenceState, Plan]:
+        """A state that is about to compute what is not known of `tokens`. Ask `pools.free_slots` first."""
+        known = as_tokens(tokens)
+        found = self.tree.match(known, namespace)
+        plan, checkpoint = self._plan(known, found)
+        state = SequenceState(self._pools)
+        if plan.way != "cold":
+            state.adopt(self.tree.pages(found), plan.matched)
+        if checkpoint is not None:
+            self.checkpoints.restore(checkpoint, state)
+        elif plan.way == "replay":
+            state.begin_replay(plan.start)
+        return state, plan
+
+    def _plan(self, known: Tokens, found: Match) -> tuple[Plan, Checkpoint | None]:
+        """The cheapest way, and the checkpoint if that is one."""
+        total, matched = len(known), found.length
+        if not matched:
+            return Plan(total, 0, "cold", 0, total, "no_tokens"), None
+        reason: Reason = "no_tokens" if matched < total else ""
+        best = max(self._marks(found), key=lambda checkpoint: checkpoint.cut, default=None)
+        start = replay_start(self._pools.config, matched)
+        work = replay_work(self._pools.config, start, matched) + total - matched
+        if best is not None and total - best.cut <= work:
+            if best.cut < matched:
+                reason = "no_checkpoint"
+            return Plan(total, matched, "checkpoint", best.cut, total - best.cut, reason), best
+        return Plan(total, matched, "replay", start, work, "no_checkpoint"), None
+
+    # -- remembering ------------------------------------------------------------------------------------
+
+    def keep(
+        self, tokens: Sequence[int], state: SequenceState, namespace: str = "", *, checkpoint: bool = True
+    ) -> None:
+        """Know what `state` has computed of `tokens`, its own; with a checkpoint also its raw state. The state
+        goes on as before."""
+        if state.behind or not state.length:
+            return
+        known = as_tokens(tokens[: state.length])
+        node, _ = self.tree.insert(known, state.pages, namespace)
+        mark: Checkpoint | None = node.marks.get(state.length)
+        if not checkpoint or (mark is not None and not mark.dropped) or not self._pools.sizes.checkpoints:
+            return
+        before = max((checkpoint.cut for checkpoint in self._marks(Match(node, state.length))), default=0)
+        start = replay_start(self._pools.config, state.length)
+        saves = min(state.length - before, round(replay_work(self._pools.config, start, state.length)))
+        if not self.checkpoints.free:
+            self.checkpoints.drop(self.checkpoints.least())
+        node.marks[state.length] = self.checkpoints.save(state, saves)
+
+    def _marks(self, found: Match) -> list[Checkpoint]:
+        """The checkpoints at cuts of a match."""
+        marks = (mark for node in found.node.path() for mark in node.marks.values())
+        return [mark for mark in marks if mark.cut <= found.length and not mark.dropped]
+
+    def _forget(self, checkpoint: Checkpoint) -> None:
+        if not checkpoint.dropped:
+            self.checkpoints.drop(checkpoint)
+
+    # -- letting go -------------------------------------------------------------------------------------
+
+    def make_room(self, state: SequenceState, count: int) -> bool:
+        """Let go of what was used least until `count` more tokens of `state` fit; False if they never will."""
+        for kind in CHAIN_KINDS:
+            self.tree.evict(kind, state.needs(kind, count))
+        window = self._pools.allocators["window"]
+        while not window.can_alloc(state.needs("window", count)) and self.checkpoints.held:
+            self.checkpoints.drop(self.checkpoints.least())
+        return state.can_reserve(count)
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        for kind in CHAIN_KINDS:
+            self.tree.evict(kind, self._pools.allocators[kind].total)
+        while self.checkpoints.held:
+            self.checkpoints.drop(self.checkpoints.least())
+
+    def check(self) -> None:
+        """Invariants; raises AssertionError."""
+        self.tree.check()
+        self.checkpoints.check()
+        marks = {id(mark) for node in self.tree.nodes() for mark in node.marks.values() if not mark.dropped}
+        assert marks == {id(checkpoint) for checkpoint in self.checkpoints.held}
+
+
+def replay_work(config: ModelConfig, start: int, cut: int) -> float:
+    """Rows that a replay computes, in rows of all layers: layer l leaves out those before start + (W-1) l."""
+    reach = config.sliding_window - 1
+    layers = config.num_hidden_layers
+    skipped = [min(reach * layer, cut - start) if start else 0 for layer in range(layers)]
+    return cut - start - sum(skipped) / layers
