@@ -63,8 +63,9 @@ class _Row:
         self.documents += 1
         own = self.parts[:, start : start + size]
         own[0], own[2], own[3], own[4] = document.tokens, document.learn, self.documents, document.task
-        self.parts[1, start:] = np.arange(self.length - start)
         self.used = start + size
+        self.parts[1, start : self.used] = np.arange(size)
+        self.parts[1, self.used :] = np.arange(self.length - self.used)  # filling sees itself only
 
 
 def pack(documents: Iterable[Document], length: int) -> Iterator[NDArray[np.int32]]:
