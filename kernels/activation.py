@@ -1,8 +1,8 @@
 """Elementwise functions whose result does not depend on where an element lies in its tensor.
 
 `torch.sigmoid`, `silu` and `softplus` use other code for the last few elements than for full vectors, so the same
-number can give other bits (measured on AVX-512). `exp`, `log1p`, `sqrt` and arithmetic do not; everything here is
-written with those.
+number can give other bits (measured on AVX-512). numpy's `exp`, `logaddexp`, `sqrt` and arithmetic do not;
+everything here is written with those.
 """
 
 from __future__ import annotations

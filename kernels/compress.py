@@ -31,6 +31,7 @@ def pool_c4(values: Array, scores: Array, first: NDArray[np.bool_]) -> Array:
     value = np.concatenate((values[:, :4, :dim], values[:, 4:, dim:]), 1)
     score = np.concatenate((scores[:, :4, :dim], scores[:, 4:, dim:]), 1)
     score[:, :4][first] = NEG_INF
+    value[:, :4][first] = 0  # whatever is there, infinite or not a number, has no part in it
     score -= np.maximum.reduce(score, axis=1, keepdims=True)
     weight = np.exp(score, out=score)
     value *= weight

@@ -43,7 +43,7 @@ _TERMS = 384
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """How one weight shape is multiplied; printable, and part of the numerics fingerprint."""
+    """How one weight shape is multiplied; printable."""
 
     method: Method
     row_multiple: int

@@ -240,7 +240,7 @@ def _check_values(c: ModelConfig) -> None:
     )
     _require(c.head_dim % 4 == 0, "head_dim", c.head_dim, "must be a multiple of 4 (aligned KV rows)")
     rope = c.qk_rope_head_dim
-    _require(rope % 2 == 0, "qk_rope_head_dim", rope, "must be even")
+    _require(rope % 2 == 0 and rope >= 4, "qk_rope_head_dim", rope, "must be even and at least 4")
     _require(rope <= c.head_dim, "qk_rope_head_dim", rope, f"must not exceed head_dim {c.head_dim}")
     _require(rope <= c.index_head_dim, "qk_rope_head_dim", rope, f"exceeds index_head_dim {c.index_head_dim}")
     power = c.index_head_dim & (c.index_head_dim - 1) == 0

@@ -173,6 +173,7 @@ WRONG: list[tuple[str, Any]] = [
     ("compress_ratios", (*(0,) * 42, 8, 0)),
     ("compress_ratios", (*(0,) * 43, 4)),
     ("qk_rope_head_dim", 63),
+    ("qk_rope_head_dim", 2),
     ("qk_rope_head_dim", 514),
     ("qk_rope_head_dim", 130),  # more than index_head_dim
     ("index_head_dim", 96),

@@ -76,9 +76,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
                 self.logprobs,
                 f"not in 0..{MAX_TOP_LOGPROBS}",
             )
+        for name in ("stop_token_ids", "logit_bias"):
+            ids = getattr(self, name)
+            _require(all(abs(token) < 1 << 63 for token in ids), name, ids, "too large")
+        for name in ("stop", "stop_regex"):
+            texts = getattr(self, name)
+            _require(all(_is_unicode(text) for text in texts), name, texts, "not Unicode text")
         _require(all(self.stop), "stop", self.stop, "must not hold an empty string")
         _require(all(self.stop_regex), "stop_regex", self.stop_regex, "must not hold an empty pattern")
         return self
+
+
+def _is_unicode(text: str) -> bool:
+    """Without lone surrogates, which no message could carry."""
+    return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _finite(x: float) -> bool:

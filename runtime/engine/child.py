@@ -7,6 +7,7 @@ from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from weft.runtime import env
 from weft.runtime.engine.config import EngineConfig
 
 
@@ -18,4 +19,6 @@ class CoreProcess:
     config: EngineConfig
 
     def __call__(self, pipe: Connection) -> None:
+        if self.config.threads is not None:
+            env.limit_blas_threads(self.config.threads)  # before numpy is imported
         import_module("weft.runtime.engine.host").serve(pipe, self.path, self.config)

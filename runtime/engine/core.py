@@ -269,7 +269,11 @@ class Core:
         while True:
             ready = [call for call in self._heads() if not call.pending()]
             drawing = [call for call in ready if isinstance(call, GenerateCall)]
-            acted = [self._act(call) for call in ready if not isinstance(call, GenerateCall)]
+            acted = [self._act(call) for call in ready if isinstance(call, ScoreCall)]
+            for call in sorted((c for c in ready if isinstance(c, ForkCall)), key=lambda c: c.id):
+                if not self._act(call):
+                    break  # no younger fork takes the slots it waits for
+                acted.append(True)
             if drawing:
                 self._draw(drawing)
             if not any(acted) and not drawing:

@@ -25,7 +25,7 @@ from weft.runtime.decoding.params import SamplingParams
 from weft.runtime.engine import messages as m
 from weft.runtime.engine.child import CoreProcess
 from weft.runtime.engine.config import EngineConfig
-from weft.runtime.engine.handle import Output, Sequence
+from weft.runtime.engine.handle import Output, Sequence, absolute, remaining
 from weft.runtime.engine.link import Link, ProcessLink, ThreadLink
 from weft.runtime.text.tokenizer import Tokenizer
 
@@ -63,6 +63,8 @@ class Engine:
         self._closed = False
         if isinstance(source, (str, Path)):
             source = Path(source)
+            if process and tokenizer is not None:
+                raise errors.ConfigError("tokenizer", tokenizer, "a process reads the one of the folder")
             self.model_config = ModelConfig.load(source)
             self.tokenizer = tokenizer or Tokenizer.load(source)
         else:
@@ -142,20 +144,22 @@ class Engine:
         if prompt_logprobs is None:
             with self.open(prompt) as sequence:
                 return await sequence.complete(params, deadline)
+        at = absolute(deadline)
         with self.open([]) as sequence:
             scored = await sequence.append_scored(self.tokens(prompt), prompt_logprobs, deadline)
-            return dataclasses.replace(await sequence.complete(params, deadline), prompt_logprobs=scored)
+            return dataclasses.replace(await sequence.complete(params, remaining(at)), prompt_logprobs=scored)
 
     async def sample(
         self, prompt: str | Seq[int], params: SamplingParams, n: int, deadline: float | None = None
     ) -> list[Output]:
         """n outputs of one prompt, which is computed once. Output i draws with seed + i if a seed is given."""
+        at = absolute(deadline)
         with self.open(prompt) as sequence:
             children = await sequence.fork(n, deadline)
             seeds = [None if params.seed is None else params.seed + i for i in range(n)]
             try:
                 runs = [
-                    child.complete(msgspec.structs.replace(params, seed=seed), deadline)
+                    child.complete(msgspec.structs.replace(params, seed=seed), remaining(at))
                     for child, seed in zip(children, seeds, strict=True)
                 ]
                 return list(await asyncio.gather(*runs))
@@ -235,6 +239,8 @@ class Engine:
             loop.call_soon_threadsafe(events.put_nowait, event)
         except RuntimeError:
             # The loop was closed with the call still open: nobody can receive the event any more.
+            with self._lock:
+                self._calls.pop(event.call, None)
             self.post(m.Cancel(event.call))
 
     def _on_death(self, reason: errors.EngineDead, final: bool) -> None:

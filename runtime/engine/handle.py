@@ -72,7 +72,7 @@ class Sequence:
         if params.seed is None:
             params = msgspec.structs.replace(params, seed=random.getrandbits(63))
         self._check_open()
-        at = _absolute(deadline)
+        at = absolute(deadline)
         async for event in self.engine.call(lambda call: m.Generate(call, self.id, params, at)):
             yield event
 
@@ -99,7 +99,7 @@ class Sequence:
         self._check_open()
         children = [Sequence(self.engine, self.engine.new_id()) for _ in range(count)]
         ids = [child.id for child in children]
-        at = _absolute(deadline)
+        at = absolute(deadline)
         try:
             done = await self.engine.result(lambda call: m.Fork(call, self.id, ids, at))
         except BaseException:
@@ -116,22 +116,24 @@ class Sequence:
         """Append tokens; the log-probability of each (of all but the first, if the history was empty)."""
         self._check_open()
         ids = self.engine.tokens(tokens)
-        if not 0 <= top <= MAX_TOP_LOGPROBS:
+        if type(top) is not int or not 0 <= top <= MAX_TOP_LOGPROBS:
             raise errors.RequestError("top", top, f"not in 0..{MAX_TOP_LOGPROBS}")
-        at = _absolute(deadline)
+        at = absolute(deadline)
         return (await self.engine.result(lambda call: m.Score(call, self.id, ids, top, at))).logprobs
 
     async def score(
         self, continuations: Seq[Seq[int]], top: int = 0, deadline: float | None = None
     ) -> list[list[m.Logprob]]:
         """Log-probabilities of the tokens of each continuation of this history, which stays as it is."""
+        at = absolute(deadline)
         out: list[list[m.Logprob]] = []
         together = max(1, min(_SCORED_TOGETHER, self.engine.slots - 1))
         for start in range(0, len(continuations), together):
             part = continuations[start : start + together]
-            children = await self.fork(len(part), deadline)
+            children = await self.fork(len(part), remaining(at))
             try:
-                scored = (child.append_scored(c, top, deadline) for child, c in zip(children, part, strict=True))
+                left = remaining(at)
+                scored = (child.append_scored(c, top, left) for child, c in zip(children, part, strict=True))
                 out += await asyncio.gather(*scored)
             finally:
                 for child in children:
@@ -141,6 +143,8 @@ class Sequence:
     async def truncate(self, length: int) -> None:
         """Drop tokens from the end; only those not computed yet, as the last drawn token is."""
         self._check_open()
+        if type(length) is not int or not 0 <= length < 1 << 63:
+            raise errors.RequestError("length", length, "must be an integer, not negative")
         await self.engine.result(lambda call: m.Truncate(call, self.id, length))
 
     def close(self) -> None:
@@ -158,7 +162,17 @@ class Sequence:
         self.engine.send(message)
 
 
-def _absolute(deadline: float | None) -> float | None:
+def remaining(at: float | None) -> float | None:
+    """Seconds to a point of the monotonic clock; `DeadlineExceeded` if it has passed."""
+    if at is None:
+        return None
+    left = at - time.monotonic()
+    if left <= 0:
+        raise errors.DeadlineExceeded("the deadline passed before all parts of the call had begun")
+    return left
+
+
+def absolute(deadline: float | None) -> float | None:
     """Seconds from now -> a point of the monotonic clock, which all processes of a machine share."""
     if deadline is None:
         return None

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from weft.runtime.engine.core import Core
 
 _log = logging.getLogger("weft")
+_GRACE = 5.0  # seconds that a core's process has to end by itself
 
 OnEvent = Callable[[m.Event], None]
 OnDeath = Callable[[EngineDead, bool], None]  # the reason, and whether it is for good
@@ -96,14 +97,16 @@ class ThreadLink:
         reason.__cause__ = error
         self._restarts -= 1
         final = self._restarts < 0 or not isinstance(error, Exception)
-        if not final:
-            del self.core  # its pools go before the new ones are made
-            try:
-                self.core = self._make(self._on_event)
-            except Exception as second:
-                reason, final = EngineDead(f"{reason}, and could not be replaced: {second!r}"), True
-        self._on_death(reason, final)
-        return not final
+        self._on_death(reason, final)  # at once: new pools may take long to make
+        if final:
+            return False
+        del self.core  # its pools go before the new ones are made
+        try:
+            self.core = self._make(self._on_event)
+        except Exception as second:
+            self._on_death(EngineDead(f"{reason}, and could not be replaced: {second!r}"), True)
+            return False
+        return True
 
 
 class ProcessLink:
@@ -131,7 +134,10 @@ class ProcessLink:
     def close(self) -> None:
         self._closing = True
         self.send(m.Stop())
-        self._reader.join()
+        self._reader.join(_GRACE)
+        while self._reader.is_alive():  # a core that is loading, or stuck; or one that has just been started
+            self.process.kill()
+            self._reader.join(0.1)
 
     def _spawn(self) -> tuple[BaseProcess, Connection]:
         context = multiprocessing.get_context("spawn")
@@ -142,6 +148,13 @@ class ProcessLink:
         return process, ours
 
     def _run(self, pipe: Connection) -> None:
+        try:
+            self._supervise(pipe)
+        except Exception as error:  # no process to be had, or an answer that is none
+            _log.exception("the engine core cannot be kept running")
+            self._on_death(EngineDead(f"the engine core could not be replaced: {error!r}"), True)
+
+    def _supervise(self, pipe: Connection) -> None:
         """Read events until the child is gone; replace it unless that was wanted."""
         while True:
             outbox = self._outbox
@@ -159,7 +172,7 @@ class ProcessLink:
             if not self._closing:
                 reason = EngineDead(f"the engine core's process ended with exit code {self.process.exitcode}")
                 self._on_death(reason, final)
-            if final:
+            if final or self._closing:
                 return
             self.process, pipe = self._spawn()
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from support.engine import Gate, core_of, finish, running, some_tokens
+from support.engine import Gate, byte_tokenizer, core_of, finish, running, small_model, some_tokens
+from weft.runtime.cache.capacity import PoolSizes
+from weft.runtime.cache.pools import Pools
 from weft.runtime.decoding.params import SamplingParams
 from weft.runtime.engine import messages as m
+from weft.runtime.engine.config import CoreLimits
+from weft.runtime.engine.core import Core
 from weft.runtime.engine.front import Engine
 from weft.runtime.engine.handle import Sequence
 from weft.runtime.errors import RequestError
@@ -133,3 +139,58 @@ def test_a_count_below_one_is_refused(count: int) -> None:
 
     with running() as engine:
         finish(work(engine))
+
+
+def test_an_older_fork_is_served_before_younger_ones_that_would_fit() -> None:
+    """Three clients fork, draw and close in a loop, from a sequence opened first."""
+    waiting: dict[int, m.Event] = {}
+    core = core_with(slots=8, emit=lambda event: waiting.update({event.call: event}))
+    ids = itertools.count(1)
+    base, big = next(ids), next(ids)
+    core.handle(m.Open(base, some_tokens(9)))
+    core.handle(m.Open(big, some_tokens(9, 1)))
+    clients = [Client(core, base, length, ids, waiting) for length in (9, 11, 13)]
+    for _ in range(3):
+        turn(core, clients)
+    fork = next(ids)
+    core.handle(m.Fork(fork, big, [next(ids) for _ in range(5)]))
+    for _ in range(60):
+        turn(core, clients)
+        if fork in waiting:
+            break
+    assert isinstance(waiting[fork], m.Done)
+
+
+class Client:
+    """Forks one child, lets it draw `length` tokens, closes it, and begins again."""
+
+    def __init__(self, core: Core, base: int, length: int, ids: Iterator[int], ended: dict[int, m.Event]) -> None:
+        self.core, self.base, self.ids, self.ended = core, base, ids, ended
+        self.params = SamplingParams(max_tokens=length, temperature=0, ignore_eos=True, seed=1)
+        self.fork()
+
+    def fork(self) -> None:
+        self.child, self.call, self.draws = next(self.ids), next(self.ids), False
+        self.core.handle(m.Fork(self.call, self.base, [self.child]))
+
+    def poll(self) -> None:
+        if not isinstance(self.ended.get(self.call), m.Done):
+            return
+        if self.draws:
+            self.core.handle(m.Close(self.child))
+            self.fork()
+        else:
+            self.call, self.draws = next(self.ids), True
+            self.core.handle(m.Generate(self.call, self.child, self.params))
+
+
+def turn(core: Core, clients: list[Client]) -> None:
+    core.step()
+    for client in clients:
+        client.poll()
+
+
+def core_with(slots: int, emit: Callable[[m.Event], None]) -> Core:
+    model = small_model()
+    pools = Pools(model.config, PoolSizes(tokens=2048, slots=slots, context=512, burst=64, page=16))
+    return Core(model, pools, byte_tokenizer(), CoreLimits(chunk=64), emit)

@@ -32,11 +32,13 @@ REFUSED: list[tuple[str, Any]] = [
     ("repetition_penalty", 0.0),
     ("logit_bias", {5: 101.0}),
     ("logit_bias", {byte_tokenizer().size: 1.0}),
+    ("logit_bias", {1 << 70: 1.0}),
     ("seed", 1.5),
     ("seed", 2**64),
     ("logprobs", 65),
     ("stop", ("",)),
     ("stop", "abc"),
+    ("stop", ("\ud800",)),
     ("stop_token_ids", (byte_tokenizer().size,)),
     ("stop_token_ids", (-1,)),
     ("stop_token_ids", (10**30,)),
@@ -89,3 +91,18 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused() -> None:
     model = Model(config, dummy_weights(config, seed=1))
     with pytest.raises(CheckpointError, match=r"265.*200"), running(model, leaks=True):
         pass
+
+
+@pytest.mark.parametrize("wrong", [1.5, "1", True, None, 1 << 70])
+def test_an_argument_of_another_type_never_reaches_the_core(wrong: Any) -> None:
+    async def work(engine: Engine) -> None:
+        bystander = asyncio.ensure_future(engine.generate(PROMPT, PARAMS))
+        with engine.open(PROMPT) as sequence:
+            with pytest.raises(RequestError, match="top"):
+                await sequence.append_scored([5, 6], wrong)
+            with pytest.raises(RequestError, match="length"):
+                await sequence.truncate(wrong)
+        assert len((await bystander).tokens) == 12
+
+    with running() as engine:
+        finish(work(engine))

@@ -224,3 +224,12 @@ def test_c128_of_very_unlike_scores() -> None:
     assert entry.item() == 100.0
     entry = fold_c128(values, -scores, torch.zeros(1, 3, 1), plan_of([(0, 0, 128)]))
     assert entry.item() == pytest.approx((128 * 127 / 2 - 100) / 127, rel=1e-6)
+
+
+@pytest.mark.parametrize("stale", [np.nan, np.inf, -np.inf])
+def test_what_stands_before_the_first_entry_has_no_part_in_it(stale: float) -> None:
+    draw = np.random.default_rng(1)
+    values, scores = (draw.standard_normal((2, 8, 12), np.float32) for _ in range(2))
+    want = pool_c4(values.copy(), scores.copy(), np.array([True, False]))
+    values[0, :4], scores[0, :4] = stale, stale
+    assert np.array_equal(pool_c4(values, scores, np.array([True, False])), want)
