@@ -22,12 +22,12 @@ from weft.runtime.cache.capacity import PoolSizes
 from weft.runtime.cache.pools import Pools
 from weft.runtime.cache.sequence import SequenceState
 from weft.runtime.checkpoint.reader import Checkpoint
-from weft.runtime.embedded.data import LONG_TASKS, TASKS, chance
+from weft.runtime.embedded.data import LONG_TASKS, TASKS, TOOL_TASKS, chance
 from weft.runtime.embedded.dialogue import Example
 from weft.runtime.embedded.documents import TOKENIZER
 from weft.runtime.embedded.encoding import encode
 from weft.runtime.embedded.export import read_master
-from weft.runtime.embedded.scoring import held_out, score_loops, score_turns, tasks_with_loops
+from weft.runtime.embedded.scoring import held_out, score_loops, score_turns
 from weft.runtime.engine.config import CoreLimits, EngineConfig
 from weft.runtime.engine.front import Engine
 from weft.runtime.model.batch import Batch
@@ -113,7 +113,7 @@ def main() -> None:
     for task in TASKS:
         rows[task]["drafts"] = round(drafts(shipped, tokenizer, examples[task]), 4)
     with engine_over(shipped, tokenizer) as engine:
-        for task in tasks_with_loops():
+        for task in TOOL_TASKS:
             rows[task]["loops"] = round(asyncio.run(score_loops(engine, examples[task])).share, 4)
     record(args.name, rows)
 

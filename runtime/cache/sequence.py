@@ -76,7 +76,7 @@ class SequenceState:
         assert self.can_reserve(count), "reserve without can_reserve"
         for kind in KINDS:
             allocator, held = self.pools.allocators[kind], self.pages[kind]
-            for number in list(self._new_pages(kind, count)):
+            for number in self._new_pages(kind, count):
                 page = allocator.alloc()
                 if number in held:
                     self.pools.copy_page(kind, held[number], page)

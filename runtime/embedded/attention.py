@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,10 +10,9 @@ from torch import Tensor
 
 from weft.kernels.quant import hadamard
 from weft.runtime.config import C4, C128, ModelConfig
-from weft.runtime.embedded.layers import Mode, norm, product, rotate, unit
+from weft.runtime.embedded.layers import Mode, Params, norm, product, rotate, unit
 from weft.runtime.embedded.rounding import fp4_groups, fp8_channels, through
 
-Params = Mapping[str, Tensor]
 NEG_INF = -1e30  # finite: a row of them must not make NaN
 
 

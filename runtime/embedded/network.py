@@ -10,7 +10,7 @@ Letters in shapes: B rows, T tokens of a row, N = B * T, D hidden, hc streams.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,10 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from weft.runtime.config import ModelConfig
 from weft.runtime.embedded import attention, layers
-from weft.runtime.embedded.layers import Mode, norm, product
+from weft.runtime.embedded.layers import Mode, Params, norm, product
 from weft.runtime.model.context import Rope
-
-Params = Mapping[str, Tensor]
 
 
 class Turn(NamedTuple):

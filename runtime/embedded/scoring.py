@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from weft.runtime.decoding.params import SamplingParams
-from weft.runtime.embedded.data import TASKS, TOOL_TASKS, judge_reply, make, run_tool
+from weft.runtime.embedded.data import judge_reply, make, run_tool
 from weft.runtime.embedded.dialogue import Example, Scored
 from weft.runtime.engine.front import Engine
 from weft.runtime.text.chat import render
@@ -121,7 +121,3 @@ async def _reply(
     output = await engine.generate(prompt.tokens, _PARAMS)
     reason: Literal["stop", "length"] = "length" if output.finish_reason == "length" else "stop"
     return parse(output.text, prompt.form, reason), output.tokens
-
-
-def tasks_with_loops() -> tuple[str, ...]:
-    return tuple(task for task in TASKS if task in TOOL_TASKS)

@@ -269,24 +269,19 @@ class Core:
         while True:
             ready = [call for call in self._heads() if not call.pending()]
             drawing = [call for call in ready if isinstance(call, GenerateCall)]
-            acted = [self._act(call) for call in ready if isinstance(call, ScoreCall)]
-            for call in sorted((c for c in ready if isinstance(c, ForkCall)), key=lambda c: c.id):
-                if not self._act(call):
+            scored = [call for call in ready if isinstance(call, ScoreCall)]
+            for call in scored:
+                self._finish(call)
+            forked = False
+            for fork in sorted((c for c in ready if isinstance(c, ForkCall)), key=lambda c: c.id):
+                if not self._can_fork(fork):
                     break  # no younger fork takes the slots it waits for
-                acted.append(True)
+                self._fork(fork)
+                forked = True
             if drawing:
                 self._draw(drawing)
-            if not any(acted) and not drawing:
+            if not (scored or forked or drawing):
                 return
-
-    def _act(self, call: Call) -> bool:
-        if isinstance(call, ForkCall):
-            if not self._can_fork(call):
-                return False
-            self._fork(call)
-        else:
-            self._finish(call)
-        return True
 
     def _can_fork(self, call: ForkCall) -> bool:
         return call.sequence.state is None or self.pools.free_slots >= len(call.children)

@@ -61,8 +61,8 @@ class Batch:
         self.positions = np.arange(self.tokens) + (self.starts - self.offsets)[self.sequence]
 
     def at_layer(self, layer: int) -> tuple[Batch | None, Index]:
-        """The batch of the rows that a layer computes, and which of this one's rows they are; None if it computes
-        none. Itself where no span is replayed."""
+        """The batch of the rows that a layer computes, None if it computes none; and which of this one's rows they
+        are."""
         reach = (self.pools.config.sliding_window - 1) * layer
         bound = np.array([span.floor + reach if span.floor else 0 for span in self.spans])
         keep = np.flatnonzero(self.positions >= bound[self.sequence])

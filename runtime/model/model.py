@@ -67,7 +67,7 @@ class Model:
         if batch.replays:
             return self._replay(ids, batch)
         step = StepContext(batch, self.rope)
-        h = self.embed.index_select(0, ids).float().numpy()[:, None].repeat(self.config.hc_mult, 1)
+        h = self._embedded(ids)
         numbers = ids.numpy()
         for block in self.blocks:
             h = block(h, numbers, step)
@@ -75,9 +75,14 @@ class Model:
         batch.pools.streams[torch.from_numpy(batch.slots)] = torch.from_numpy(h[batch.last]).to(self.dtype)
         return streams
 
+    def _embedded(self, ids: Tensor) -> Array:
+        """[T] -> [T, hc, D]: every stream begins as the token's embedding."""
+        h: Array = self.embed.index_select(0, ids).float().numpy()[:, None].repeat(self.config.hc_mult, 1)
+        return h
+
     def _replay(self, ids: Tensor, batch: Batch) -> Tensor:
         """`forward` with fewer rows from layer to layer."""
-        h = self.embed.index_select(0, ids).float().numpy()[:, None].repeat(self.config.hc_mult, 1)
+        h = self._embedded(ids)
         out = torch.zeros(h.shape, dtype=self.dtype)
         rows = np.arange(batch.tokens)
         part: Batch | None = batch
