@@ -50,26 +50,25 @@ def attend(
     kv = norm(product(x, params["wkv.weight"], mode), params["kv_norm.weight"], config)
     kv = _round_kv(rotate(kv, cos, sin), config, mode)
     logits, near = _window_logits(q, kv, positions, config, mode)
-    entries, attended, scores = None, None, None
+    loss = x.new_zeros(())
+    entries = None
     if kind != "window":
         ratio = C4 if kind == "c4a" else C128
         entries = _entries(config, params, "compressor.", x, positions, turn, ratio)
         entries = _round_kv(entries, config, mode)
-        attended = _visible(positions, ratio) if chosen is None else chosen
+        visible = _visible(positions, ratio)
         far_logits = torch.einsum("bthd,bed->bthe", q.to(mode.dtype), entries.to(mode.dtype)).float() * dim**-0.5
         if kind == "c4a":
             scores = _index_scores(config, params, x.detach(), qr.detach(), positions, turn, mode)
-        far_logits = far_logits.masked_fill(~attended[:, :, None], NEG_INF)
-        logits = torch.cat((logits, far_logits), -1)
+            loss = _index_loss(scores, _mass(logits, far_logits, params["attn_sink"], visible), visible)
+        attended = visible if chosen is None else chosen
+        logits = torch.cat((logits, far_logits.masked_fill(~attended[:, :, None], NEG_INF)), -1)
     sink = params["attn_sink"][:, None].expand(*logits.shape[:3], 1)
     weights = torch.softmax(torch.cat((logits, sink), -1), -1)
     out = _window_values(weights[..., : 2 * config.sliding_window], near, mode)
-    loss = x.new_zeros(())
-    if entries is not None and attended is not None:
+    if entries is not None:
         far = weights[..., 2 * config.sliding_window : -1]
         out = out + torch.einsum("bthe,bed->bthd", far.to(mode.dtype), entries.to(mode.dtype)).float()
-        if scores is not None:
-            loss = _index_loss(scores, far.detach().sum(2), attended)
     out = rotate(out, cos[:, :, None], -sin[:, :, None])
     groups = config.o_groups
     low = params["wo_a.weight"].unflatten(0, (groups, -1)).to(mode.dtype)
@@ -148,12 +147,23 @@ def _index_scores(
     return scores
 
 
-def _index_loss(scores: Tensor, mass: Tensor, attended: Tensor) -> Tensor:
-    """Mean over tokens of KL(attention mass over the attended entries || softmax of the scores over them)."""
+@torch.no_grad()
+def _mass(near: Tensor, far: Tensor, sink: Tensor, visible: Tensor) -> Tensor:
+    """[B, T, E]: what each visible entry would get, summed over heads, if the token attended to all of them.
+
+    Of all, though the token may attend to few: the indexer has to learn what it left out, too.
+    """
+    far = far.masked_fill(~visible[:, :, None], NEG_INF)
+    all_logits = torch.cat((near, far, sink[:, None].expand(*near.shape[:3], 1)), -1)
+    return torch.softmax(all_logits, -1)[..., near.shape[-1] : -1].sum(2)
+
+
+def _index_loss(scores: Tensor, mass: Tensor, visible: Tensor) -> Tensor:
+    """Mean over tokens of KL(attention mass over the visible entries || softmax of the scores over them)."""
     total = mass.sum(-1, keepdim=True)
     target = mass / total.clamp_min(1e-6)
-    guess = torch.log_softmax(scores.masked_fill(~attended, NEG_INF), -1)
+    guess = torch.log_softmax(scores.masked_fill(~visible, NEG_INF), -1)
     gap = target * (torch.log(target.clamp_min(1e-9)) - guess)
     # A token that attends little to any entry has little to teach.
     loud = total[..., 0] / total.mean().clamp_min(1e-6)
-    return (gap.masked_fill(~attended, 0).sum(-1) * loud).mean()
+    return (gap.masked_fill(~visible, 0).sum(-1) * loud).mean()

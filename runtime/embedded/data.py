@@ -40,7 +40,12 @@ TASKS = tuple(_BUILDERS)
 LONG_TASKS = ("recall", "json_extract", "table_extract", "two_hop")
 TOOL_TASKS = ("calculator", "route", "plan_act")
 TALK_TASKS = tuple(task for task in TASKS if task not in TOOL_TASKS)
-WEIGHTS: Mapping[str, float] = {task: 1.0 for task in TASKS} | {"addition": 2.0, "recall": 2.0}
+_HARD = ("count", "judge", "sort", "two_hop", "table_extract")
+WEIGHTS: Mapping[str, float] = (
+    {task: 1.0 for task in TASKS}
+    | {task: 1.5 for task in _HARD}
+    | {"addition": 2.0, "recall": 2.0, "multiple_choice": 2.0}
+)
 
 _SYSTEM = (
     "You are a helpful agent.",
@@ -51,7 +56,7 @@ _SYSTEM = (
     "Answer in one line.",
 )
 _HELD_SYSTEM = ("You are an exact agent.", "Give the value only.", "Give short answers in one line.")
-_BETTER_THOUGHT = ("two_hop",)  # hard to answer in the head
+_BETTER_THOUGHT = ("two_hop", "multiple_choice", "count", "judge", "sort")  # hard to answer in the head
 # Tokens that an example of a long task needs beyond its filler.
 _SHORTEST_LONG = 160
 

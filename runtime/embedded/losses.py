@@ -13,14 +13,14 @@ from weft.runtime.embedded.rows import Rows
 def losses(
     hidden: Tensor, draft: Tensor, head: Tensor, rows: Rows
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Mean losses: of the tokens the model says, of the others, of the MTP block's. And which tokens [B, T] would
+    """Mean losses: of the tokens the model says, by their weights, of the others, of the MTP block's. And which tokens [B, T] would
     be drawn right, by the head and by the MTP block."""
     mine, said, hits = _loss(hidden, head, rows, 1)
     drafted, saved, guessed = _loss(draft, head, rows, 2)
     return (
-        _mean(mine, said),
+        _mean(mine, said * rows.weight),
         _mean(mine, (rows.document > 0) & ~rows.learn),
-        _mean(drafted, saved),
+        _mean(drafted, saved * rows.weight),
         (hits, guessed),
     )
 
@@ -37,8 +37,8 @@ def _loss(hidden: Tensor, head: Tensor, rows: Rows, ahead: int) -> tuple[Tensor,
     return F.pad(loss, (ahead, 0)), said, F.pad(hits, (ahead, 0))
 
 
-def _mean(loss: Tensor, which: Tensor) -> Tensor:
-    return (loss * which).sum() / which.sum().clamp_min(1)
+def _mean(loss: Tensor, weight: Tensor) -> Tensor:
+    return (loss * weight).sum() / weight.sum().clamp_min(1)
 
 
 def tally(rows: Rows, hits: Tensor, drafted: Tensor) -> Tensor:

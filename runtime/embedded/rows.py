@@ -29,11 +29,13 @@ class Document(NamedTuple):
 
 class Rows(NamedTuple):
     """All [B, T]. positions: in the own document, which starts at a multiple of 128, or of 4 if it is shorter than
-    that and so has no c128a entry. document: counts from 1 in its row; 0 is filling. task: -1 is filling."""
+    that and so has no c128a entry. weight: of a learnt token, falling with the root of how many
+    its turn has, or the one token of a letter would count for nothing beside a tool call. document: counts from 1 in its row; 0 is filling. task: -1 is filling."""
 
     ids: Tensor
     positions: Tensor
     learn: Tensor
+    weight: Tensor
     document: Tensor
     task: Tensor
 
@@ -62,10 +64,19 @@ class _Row:
         start = self.start(size)
         self.documents += 1
         own = self.parts[:, start : start + size]
-        own[0], own[2], own[3], own[4] = document.tokens, document.learn, self.documents, document.task
+        own[0], own[2], own[3], own[4] = document.tokens, _runs(document.learn), self.documents, document.task
         self.used = start + size
         self.parts[1, start : self.used] = np.arange(size)
         self.parts[1, self.used :] = np.arange(self.length - self.used)  # filling sees itself only
+
+
+def _runs(learn: list[bool]) -> NDArray[np.int32]:
+    """For each learnt token the length of its run, 0 for the others."""
+    flags = np.asarray(learn)
+    ends = np.flatnonzero(np.diff(flags, append=not flags[-1]))
+    lengths = np.diff(ends, prepend=-1)
+    runs: NDArray[np.int32] = (flags * np.repeat(lengths, lengths)).astype(np.int32)
+    return runs
 
 
 def pack(documents: Iterable[Document], length: int) -> Iterator[NDArray[np.int32]]:
@@ -93,7 +104,7 @@ def pack(documents: Iterable[Document], length: int) -> Iterator[NDArray[np.int3
 
 def as_rows(packed: list[NDArray[np.int32]]) -> Rows:
     ids, positions, learn, document, task = torch.from_numpy(np.stack(packed, 1)).long()
-    return Rows(ids, positions, learn.bool(), document, task)
+    return Rows(ids, positions, learn > 0, (learn > 0) * learn.clamp_min(1) ** -0.5, document, task)
 
 
 class Feed:

@@ -57,7 +57,7 @@ def count(d: Dialogue, tokens: int | None) -> None:
     draw = d.draw
     while True:
         kinds = draw.rng.sample(ITEMS, draw.rng.randint(2, 4))
-        items = draw.rng.choices(kinds, k=draw.rng.randint(3, 9))
+        items = draw.rng.choices(kinds, k=draw.rng.randint(3, 7))
         if draw.belongs("list " + " ".join(items)):
             break
     text = ", ".join(items)
