@@ -13,8 +13,8 @@ from weft.runtime.embedded.rows import Rows
 def losses(
     hidden: Tensor, draft: Tensor, head: Tensor, rows: Rows
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Mean losses: of the tokens the model says, by their weights, of the others, of the MTP block's. And which tokens [B, T] would
-    be drawn right, by the head and by the MTP block."""
+    """Mean losses: of the tokens the model says, by their weights, of the others, of the MTP block's. And which
+    tokens [B, T] would be drawn right, by the head and by the MTP block."""
     mine, said, hits = _loss(hidden, head, rows, 1)
     drafted, saved, guessed = _loss(draft, head, rows, 2)
     return (

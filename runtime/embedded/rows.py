@@ -29,8 +29,9 @@ class Document(NamedTuple):
 
 class Rows(NamedTuple):
     """All [B, T]. positions: in the own document, which starts at a multiple of 128, or of 4 if it is shorter than
-    that and so has no c128a entry. weight: of a learnt token, falling with the root of how many
-    its turn has, or the one token of a letter would count for nothing beside a tool call. document: counts from 1 in its row; 0 is filling. task: -1 is filling."""
+    that and so has no c128a entry. weight: of a learnt token, falling with the root of how many its turn has, or
+    the one token of a letter would count for nothing beside a tool call. document: counts from 1 in its row; 0 is
+    filling. task: -1 is filling."""
 
     ids: Tensor
     positions: Tensor

@@ -49,7 +49,6 @@ class Trainer:
             self.params[name].requires_grad_(kind.role not in ("bias", "expert_table"))
         self.optimizer = Optimizer(config, self.params, recipe.rates)
         self.network = Network.build(config, _compiled) if on_gpu else Network.build(config)
-        self.losses = _compiled(losses) if on_gpu else losses
         self.step = 0
         self.seconds = 0.0
         state = folder / "state.pt"
@@ -99,7 +98,7 @@ class Trainer:
     def update(self, rows: Rows, stage: Stage) -> dict[str, Tensor]:
         recipe = self.recipe
         out, head = self.forward(rows, stage)
-        said, other, draft, _ = self.losses(out.hidden, out.draft, head, rows)
+        said, other, draft, _ = losses(out.hidden, out.draft, head, rows)
         loss = said + recipe.other * other + recipe.draft * draft + recipe.index * out.index_loss
         loss.backward()
         self.optimizer.step(recipe.scale(self.step, self.progress))
@@ -122,7 +121,7 @@ class Trainer:
         for _ in range(batches):
             rows = as_rows([next(packed) for _ in range(stage.rows)]).to(self.device)
             out, head = self.forward(rows, stage)
-            hits, drafted = (x.detach() for x in self.losses(out.hidden, out.draft, head, rows)[3])
+            hits, drafted = (x.detach() for x in losses(out.hidden, out.draft, head, rows)[3])
             right += tally(rows, hits, drafted)
         return {
             name: [round(whole / max(count, 1), 3), round(token / max(tokens, 1), 3), int(count)]
