@@ -31,10 +31,10 @@ _STEPS = (  # each brings singular values nearer to 1
 class Rates:
     """Peak learning rates and the rest of the recipe."""
 
-    muon: float = 0.02
+    muon: float = 0.015
     adam: float = 2e-3
     momentum: float = 0.95
-    decay: float = 0.01
+    decay: float = 0.05
     clip: float = 1.0
 
 

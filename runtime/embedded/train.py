@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config
 from torch import Tensor
 
 from weft.runtime.embedded.data import TASKS
@@ -150,6 +151,9 @@ class Trainer:
 
 def _compiled(function: Any) -> Any:
     torch._dynamo.config.cache_size_limit = 64
+    # It gives wrong gradients of tensors that are used in slices, as scales and bases here (pytorch issue 193061).
+    if hasattr(torch._inductor.config.triton, "mix_order_reduction"):
+        torch._inductor.config.triton.mix_order_reduction = False
     torch.backends.cuda.matmul.allow_tf32 = True
     return torch.compile(function, dynamic=False)
 
