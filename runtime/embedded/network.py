@@ -21,15 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 from weft.runtime.config import ModelConfig
 from weft.runtime.embedded import attention, layers
+from weft.runtime.embedded.attention import Turn
 from weft.runtime.embedded.layers import Mode, Params, norm, product
 from weft.runtime.model.context import Rope
-
-
-class Turn(NamedTuple):
-    """Cosines and sines [B, T, rope/2] of a row's positions."""
-
-    cos: Tensor
-    sin: Tensor
 
 
 class Output(NamedTuple):
@@ -45,20 +39,17 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Network:
-    """The parts of a block, each compiled by itself: those without attention see the same shapes at any length."""
+    """The parts of a block without attention, each compiled by itself: they see the same shapes at any length."""
 
     config: ModelConfig
     enter: Callable[..., tuple[Tensor, Tensor, Tensor]]
     leave: Callable[..., Tensor]
     experts: Callable[..., tuple[Tensor, Tensor]]
-    choose: Callable[..., Tensor]
-    attend: Callable[..., tuple[Tensor, Tensor]]
 
     @classmethod
     def build(cls, config: ModelConfig, wrap: Callable[[Any], Any] = lambda function: function) -> Network:
         """wrap: torch.compile, on a GPU."""
-        parts = layers.enter, layers.leave, layers.experts, attention.choose, attention.attend
-        return cls(config, *map(wrap, parts))
+        return cls(config, *map(wrap, (layers.enter, layers.leave, layers.experts)))
 
     def __call__(self, params: Params, ids: Tensor, positions: Tensor, mode: Mode) -> Output:
         """ids, positions: [B, T] int64, T a multiple of 128 and of the window."""
@@ -107,11 +98,11 @@ class Network:
         chosen = None
         if kind == "c4a" and mode.sparse:
             with torch.no_grad():
-                chosen = self.choose(self.config, own, x, positions, turn, mode)
+                chosen = attention.choose(self.config, own, x, positions, turn, mode)
         arguments = (self.config, own, x, positions, turn, kind, chosen, mode)
         if not mode.recompute:
-            return self.attend(*arguments)
-        out: tuple[Tensor, Tensor] = checkpoint(self.attend, *arguments, use_reentrant=False)
+            return attention.attend(*arguments)
+        out: tuple[Tensor, Tensor] = checkpoint(attention.attend, *arguments, use_reentrant=False)
         return out
 
 

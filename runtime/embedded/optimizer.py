@@ -31,7 +31,7 @@ _STEPS = (  # each brings singular values nearer to 1
 class Rates:
     """Peak learning rates and the rest of the recipe."""
 
-    muon: float = 0.015
+    muon: float = 0.02
     adam: float = 2e-3
     momentum: float = 0.95
     decay: float = 0.05

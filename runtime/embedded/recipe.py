@@ -89,11 +89,11 @@ class Recipe:
 RECIPES = {
     "gpu": Recipe(
         (
-            Stage(0.44, 2048, 32, 512, sparse=False),
-            Stage(0.28, 2048, 32, 2048, 0.3, shipped=True),
-            Stage(0.28, 8192, 8, 8192, 0.3, shipped=True),
+            Stage(0.3, 2048, 32, 512, sparse=False),
+            Stage(0.25, 2048, 32, 2048, 0.3, shipped=True),
+            Stage(0.45, 8192, 8, 8192, 0.3, shipped=True),
         ),
-        minutes=14,
+        minutes=25,
     ),
     # Every stage, in a minute on a CPU; it learns nothing.
     "smoke": Recipe(
