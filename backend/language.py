@@ -27,6 +27,7 @@ from weft.runtime.engine import messages as m
 from weft.runtime.engine.front import Engine
 from weft.runtime.engine.handle import Sequence
 from weft.runtime.errors import EngineDead, Overloaded, RequestError, UnsupportedError
+from weft.runtime.text.turns import turn_cuts
 
 T = TypeVar("T")
 _GREEDY = 1e-5
@@ -132,6 +133,7 @@ class DeepSeekV4Backend(BaseBackend):
 
     async def _flush(self) -> None:
         self._histories.release()
+        self.engine.flush()
 
     async def _remember(self, text: str) -> None:
         if text:
@@ -162,15 +164,19 @@ class DeepSeekV4Backend(BaseBackend):
             encoded = self.engine.tokenizer.encode(text)
             bos = self.engine.tokenizer.bos
             tokens = encoded if encoded[:1] == [bos] else [bos, *encoded]
-            return tokens, self.engine.open(tokens)
+            return tokens, self._open(tokens)
         prefix, known = found
         tokens = known.tokens + self.engine.tokenizer.encode(text[len(prefix) :])
         held = self._histories.longest_held(text, tokens)
         if held is None:
-            return tokens, self.engine.open(tokens)
+            return tokens, self._open(tokens)
         base = await self._histories.fork(held)
-        base.extend(tokens[len(held.tokens) :])
+        more = tokens[len(held.tokens) :]
+        base.extend(more, cuts=turn_cuts(self.engine.tokenizer, more))
         return tokens, base
+
+    def _open(self, tokens: list[int]) -> Sequence:
+        return self.engine.open(tokens, cuts=turn_cuts(self.engine.tokenizer, tokens))
 
     async def _with_room(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """Held histories are the first to go when KV memory runs out, and all go with a core that died: their

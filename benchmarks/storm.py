@@ -90,6 +90,7 @@ async def at_rest(engine: front.Engine) -> dict[str, Any]:
     """What is held once nothing is asked any more; memory in MiB."""
     while engine._calls:
         await asyncio.sleep(0.01)
+    engine.flush()
     done = await engine.result(lambda call: m.Truncate(call, 0, 0))
     found: dict[str, int] = json.loads(str(done.stop))
     memory = {"core_mib": found.pop("rss") / 2**20, "front_mib": rss() / 2**20}

@@ -30,8 +30,8 @@ class Rows(Protocol):
     def store(self, index: Tensor, values: Tensor) -> None:
         """Write values [N, d] float32, rounded to the format, to rows index [N] int64 (no duplicates)."""
 
-    def copy_page(self, source: int, target: int, page: int) -> None:
-        """Copy `page` rows; source and target are the first row of a page."""
+    def copy_page(self, source: int, target: int, page: int) -> int:
+        """Copy `page` rows; source and target are the first row of a page. Returns how many bytes they are."""
 
 
 class DenseRows:
@@ -50,8 +50,10 @@ class DenseRows:
     def store(self, index: Tensor, values: Tensor) -> None:
         self.tensor.index_copy_(0, index, values.to(self.tensor.dtype))
 
-    def copy_page(self, source: int, target: int, page: int) -> None:
-        self.tensor[target : target + page] = self.tensor[source : source + page]
+    def copy_page(self, source: int, target: int, page: int) -> int:
+        rows = self.tensor[source : source + page]
+        self.tensor[target : target + page] = rows
+        return rows.nbytes
 
 
 class _Pages:
@@ -78,9 +80,10 @@ class _Pages:
         self.data[page, row] = data
         self.scales[page, row] = scales
 
-    def copy_page(self, source: int, target: int, page: int) -> None:
+    def copy_page(self, source: int, target: int, page: int) -> int:
         assert page == self.page
         self.bytes[target // page] = self.bytes[source // page]
+        return self.bytes[0].nbytes
 
 
 class Fp8KvRows(_Pages):

@@ -34,7 +34,7 @@ class PoolSizes:
     context: int = 65536
     burst: int = 2048
     page: int = 32
-    checkpoints: int = 0
+    checkpoints: int = 64
 
     @property
     def raw(self) -> int:

@@ -61,6 +61,7 @@ class Pools:
             kind: torch.zeros(sizes.slots, sizes.table_columns(kind), dtype=torch.int64) for kind in KINDS
         }
         self._free_slots = list(range(sizes.slots - 1, -1, -1))
+        self.copied = 0  # bytes, since the pools were made
 
     @property
     def nbytes(self) -> int:
@@ -102,10 +103,10 @@ class Pools:
         for layer, layer_kind in enumerate(kinds_of_layers(self.config)):
             if kind == "window" or layer_kind == f"{kind}a":
                 base = self.base[kind]
-                self.kv[layer].copy_page(base + source * page, base + target * page, page)
+                self.copied += self.kv[layer].copy_page(base + source * page, base + target * page, page)
         if kind == "c4":
             for keys in self.index_keys:
-                keys.copy_page(source * page, target * page, page)
+                self.copied += keys.copy_page(source * page, target * page, page)
 
     def copy_slot(self, source: int, target: int) -> None:
         """Copy the fixed per-sequence state and the page tables."""
@@ -118,6 +119,12 @@ class Pools:
         for tensor in (self.c4_tail, self.c128_fold):
             tensor[:, target] = tensor[:, source]
         self.streams[target] = self.streams[source]
+        self.copied += self.raw_bytes
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of the fixed state of one sequence."""
+        return sum(t.nbytes for t in (self.c4_tail, self.c128_fold, self.streams)) // self.sizes.raw
 
     def check(self) -> None:
         """Invariants of page ownership; raises AssertionError."""

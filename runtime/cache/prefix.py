@@ -52,6 +52,16 @@ class PrefixCache:
         known = as_tokens(tokens)
         return self._plan(known, self.tree.look(known, namespace))[0]
 
+    def others(self, tokens: Sequence[int], namespace: str = "", most: int = 8) -> list[int]:
+        """Known tokens, if any, in place of the first one of `tokens` that is not known."""
+        known = as_tokens(tokens)
+        node, length = self.tree.look(known, namespace)
+        if length == len(known):
+            return []
+        if length < node.end:
+            return [int(node.label[length - node.start])]
+        return sorted(node.children)[:most]
+
     def resume(self, tokens: Sequence[int], namespace: str = "") -> tuple[SequenceState, Plan]:
         """A state that is about to compute what is not known of `tokens`. Ask `pools.free_slots` first."""
         known = as_tokens(tokens)
@@ -120,14 +130,16 @@ class PrefixCache:
         window = self._pools.allocators["window"]
         while not window.can_alloc(state.needs("window", count)) and self.checkpoints.held:
             self.checkpoints.drop(self.checkpoints.least())
+        # What the state shares with the tree alone it need not copy once the tree has let go of it.
+        while not state.can_reserve(count) and self.tree.drop_oldest():
+            pass
         return state.can_reserve(count)
 
     def clear(self) -> None:
         """Let go of everything."""
-        for kind in CHAIN_KINDS:
-            self.tree.evict(kind, self._pools.allocators[kind].total)
-        while self.checkpoints.held:
-            self.checkpoints.drop(self.checkpoints.least())
+        while self.tree.drop_oldest():
+            pass
+        assert not self.checkpoints.held, "a checkpoint is a mark of the tree"
 
     def check(self) -> None:
         """Invariants; raises AssertionError."""

@@ -107,7 +107,7 @@ class RadixTree:
             child = node.children.get(int(tokens[at]))
             if child is None:
                 break
-            same = _common(child.label, tokens[at:])
+            same = common_prefix(child.label, tokens[at:])
             at, node = at + same, child
             if same < len(child.label):
                 break
@@ -201,6 +201,15 @@ class RadixTree:
             heapq.heappush(self._ends, entry)
         return allocator.can_alloc(count)
 
+    def drop_oldest(self) -> bool:
+        """Let the end used longest ago go, even if its pages have other holders; False if there is none."""
+        while self._ends:
+            used, _, node = heapq.heappop(self._ends)
+            if not node.children and node.used == used and node.parent is not None:
+                self._drop_end(node)
+                return True
+        return False
+
     def _frees(self, node: Node, kind: ChainKind) -> bool:
         """Whether the path up to here has a page of the kind that only the tree holds; those above go later."""
         holders, held = self._allocators[kind].holders, self._held[kind]
@@ -257,7 +266,7 @@ class RadixTree:
         return range(first // self._page, -(-last // self._page)) if first < last else range(0)
 
 
-def _common(left: Tokens, right: Tokens) -> int:
+def common_prefix(left: Tokens, right: Tokens) -> int:
     """Length of the common prefix."""
     size = min(len(left), len(right))
     differ = left[:size] != right[:size]

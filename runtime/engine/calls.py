@@ -18,7 +18,8 @@ from weft.runtime.model.model import Model
 from weft.runtime.text.tokenizer import TextStream, Tokenizer
 
 if TYPE_CHECKING:
-    from weft.runtime.engine.core import Sequence
+    from weft.runtime.cache.prefix import Plan
+    from weft.runtime.engine.sequences import Sequence
 
 
 class Call:
@@ -29,6 +30,7 @@ class Call:
         self.sequence = sequence
         # Tokens appended by the caller while this call ran; they join the history when it ends.
         self.then_extend: list[int] = []
+        self.then_cuts: list[int] = []
         self.deadline: float | None = None
         self.submitted = time.monotonic()
         self._begun: float | None = None
@@ -36,6 +38,15 @@ class Call:
         self._history = 0
         self._cached = 0
         self._computed = 0
+        self._matched = 0
+        self._replayed = 0
+        self._reason = ""
+        self.copied = 0
+        self.passed_over = 0
+
+    @property
+    def has_run(self) -> bool:
+        return self._computed > 0
 
     def take_turn(self) -> None:
         """The calls before it on the sequence have ended. Asked again, does nothing."""
@@ -55,6 +66,17 @@ class Call:
         """Tokens the history will have at most when the call ends."""
         return len(self.sequence.tokens)
 
+    def known_limit(self) -> int:
+        """How much of the history may be taken from what is known: the call needs the streams behind it."""
+        return len(self.sequence.tokens)
+
+    def resumed(self, plan: Plan, copied: int) -> None:
+        """Its sequence has a state now, or again after it gave way."""
+        self.copied += copied
+        self._replayed += plan.replayed
+        if not self.has_run:
+            self._cached, self._matched, self._reason = min(plan.start, self._history), plan.matched, plan.reason
+
     def begin(self, now: float) -> None:
         """The call's first tokens were run in a step that started at `now`."""
         if self._begun is None:
@@ -69,7 +91,11 @@ class Call:
         return m.Usage(
             history=self._history,
             cached=self._cached,
+            matched=self._matched,
+            replayed=self._replayed,
             computed=self._computed,
+            copied=self.copied,
+            reason=self._reason,
             generated=generated,
             queued=(self._begun or now) - self.submitted,
             first_token=first_token,
@@ -105,6 +131,9 @@ class ScoreCall(Call):
     def _on_turn(self) -> None:
         self._first = len(self.sequence.tokens)
         self.sequence.tokens.extend(self.tokens)
+
+    def known_limit(self) -> int:
+        return max(self._first, 1) + len(self.results)
 
     def ran(self, tokens: list[int], streams: Tensor, previous: Tensor, model: Model) -> None:
         super().ran(tokens, streams, previous, model)
@@ -151,6 +180,10 @@ class GenerateCall(Call):
             for token in ids:
                 if not 0 <= token < tokenizer.size:
                     raise RequestError(field, token, f"the tokenizer defines {tokenizer.size} ids")
+
+    @property
+    def has_drawn(self) -> bool:
+        return bool(self._tokens)
 
     def final_length(self) -> int:
         return len(self.sequence.tokens) + self.params.max_tokens - len(self._tokens)

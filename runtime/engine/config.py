@@ -53,6 +53,8 @@ class EngineConfig:
                 value = getattr(getattr(self, owner), name)
                 if value < 1:
                     raise ConfigError(f"{owner}.{name}", value, "must be at least 1")
+        if self.pools.checkpoints < 0:
+            raise ConfigError("pools.checkpoints", self.pools.checkpoints, "must not be negative")
         if self.pools.burst < self.limits.chunk:
             raise ConfigError("pools.burst", self.pools.burst, f"below limits.chunk {self.limits.chunk}")
 

@@ -5,20 +5,19 @@ Owns the model, the pools and every sequence. Single-threaded: whoever runs it c
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from weft.runtime.cache.pools import Pools
-from weft.runtime.cache.sequence import SequenceState
 from weft.runtime.decoding.sampler import sample
 from weft.runtime.engine import messages as m
 from weft.runtime.engine.calls import Call, ForkCall, GenerateCall, ScoreCall
 from weft.runtime.engine.config import CoreLimits
+from weft.runtime.engine.schedule import Scheduler, Work, can_fork
+from weft.runtime.engine.sequences import Memory, Sequence
 from weft.runtime.errors import (
     Cancelled,
     ContextLengthError,
@@ -31,28 +30,6 @@ from weft.runtime.errors import (
 from weft.runtime.model.batch import Batch
 from weft.runtime.model.model import Model
 from weft.runtime.text.tokenizer import Tokenizer
-
-
-@dataclass
-class Work:
-    """Tokens of one call to run in this step."""
-
-    call: Call
-    state: SequenceState
-    tokens: list[int]
-
-
-class Sequence:
-    """A history and, once something was computed, its KV state. Calls run one after another."""
-
-    def __init__(self, tokens: list[int]) -> None:
-        self.tokens = tokens
-        self.state: SequenceState | None = None
-        self.calls: list[Call] = []
-
-    @property
-    def computed(self) -> int:
-        return self.state.length if self.state is not None else 0
 
 
 class Core:
@@ -68,6 +45,8 @@ class Core:
     ) -> None:
         self.model = model
         self.pools = pools
+        self.memory = Memory(pools)
+        self.scheduler = Scheduler(self.memory, limits.chunk)
         self.tokenizer = tokenizer
         self.limits = limits
         self.emit = emit
@@ -79,16 +58,21 @@ class Core:
     def handle(self, message: m.Request) -> None:
         """Apply one message. A request that is wrong fails its own call only."""
         match message:
-            case m.Open(sequence, tokens):
-                self.sequences[sequence] = Sequence(list(tokens))
-            case m.Extend(sequence, tokens):
+            case m.Open(sequence, tokens, cuts, namespace):
+                self.sequences[sequence] = Sequence(list(tokens), namespace, cuts)
+            case m.Extend(sequence, tokens, cuts):
                 if sequence in self.sequences:
-                    self._extend(self.sequences[sequence], tokens)
+                    self._extend(self.sequences[sequence], tokens, cuts)
             case m.Close(sequence):
                 self._close(sequence)
             case m.Cancel(number):
                 if number in self.calls:
                     self._fail(self.calls[number], Cancelled("cancelled by the caller"))
+            case m.Explain(call, tokens, namespace):
+                explained = self.memory.explain(tokens, namespace)
+                self.emit(m.Done(call=call, usage=m.Usage(), length=len(tokens), explained=explained))
+            case m.Flush():
+                self.memory.prefix.clear()
             case m.Stop():
                 for waiting in list(self.calls.values()):
                     self._fail(waiting, Cancelled("the engine was closed"))
@@ -122,16 +106,18 @@ class Core:
         self.calls[call.id] = call
         call.sequence.calls.append(call)
 
-    def _extend(self, sequence: Sequence, tokens: list[int]) -> None:
+    def _extend(self, sequence: Sequence, tokens: list[int], cuts: list[int]) -> None:
         """Behind calls that still run, the tokens wait: those calls see the history they were made for."""
         if sequence.calls:
-            sequence.calls[-1].then_extend.extend(tokens)
+            last = sequence.calls[-1]
+            last.then_cuts.extend(len(last.then_extend) + cut for cut in cuts)
+            last.then_extend.extend(tokens)
         else:
-            sequence.tokens.extend(tokens)
+            sequence.append(tokens, cuts)
 
     def _truncate(self, call: int, sequence: Sequence, length: int) -> None:
-        if sequence.calls or not sequence.computed <= length <= len(sequence.tokens):
-            reason = f"not in {sequence.computed}..{len(sequence.tokens)}, or the sequence is busy"
+        if sequence.calls or not sequence.fixed <= length <= len(sequence.tokens):
+            reason = f"not in {sequence.fixed}..{len(sequence.tokens)}, or the sequence is busy"
             self.emit(failure(call, RequestError("length", length, reason)))
             return
         del sequence.tokens[length:]
@@ -143,9 +129,7 @@ class Core:
             return  # the child of a fork that failed or was cancelled
         for call in list(sequence.calls):
             self._fail(call, Cancelled("its sequence was closed"))
-        if sequence.state is not None:
-            sequence.state.close()
-            sequence.state = None
+        self.memory.let_go(sequence, checkpoint=False)
 
     # -- one step ---------------------------------------------------------------------------------------
 
@@ -157,64 +141,31 @@ class Core:
         self._expire()
         self._advance()
         active = sorted(self._heads(), key=lambda call: call.id)
-        work = self._schedule(active)
-        while active and not work:
-            served = self._take_memory(active)
-            if served is None:
-                stuck = next((call for call in active if call.sequence.state is not None), active[0])
-                self._fail(stuck, Overloaded("no KV memory left and no running call will free any"))
+        while active:
+            self.scheduler.begin(active)
+            if self._can_advance(active):
+                self._advance()  # what it needs was known
                 return
-            if any(isinstance(call, ForkCall) and not call.pending() and self._can_fork(call) for call in served):
-                return  # the next step begins with it
+            work = self.scheduler.work(active)
+            if work:
+                break
+            served = self.scheduler.take_memory(active, self.sequences.values())
+            if served is None:
+                self._fail(active[0], Overloaded("no KV memory left and no running call will free any"))
+                return
             active = served
-            work = self._schedule(active)
-        if not work:
+        else:
             return
         for item, rows, previous in zip(work, *self._forward(work), strict=True):
             item.call.ran(item.tokens, rows, previous, self.model)
+            self.memory.passed(item.call.sequence)
         self._advance()
 
-    def _schedule(self, active: list[Call]) -> list[Work]:
-        """Oldest calls first; decodes cost one token, so they come before prefill."""
-        work: list[Work] = []
-        blocked = min((call.id for call in active if not call.pending()), default=sys.maxsize)
-        budget = self.limits.chunk
-        for call in sorted(active, key=lambda call: len(call.pending()) > 1):
-            pending = call.pending()
-            count = min(len(pending), budget if len(pending) > 1 else 1)
-            if count == 0:
-                continue
-            # While an older fork waits for slots, none goes to a younger call.
-            state = self._state_of(call.sequence) if call.id < blocked else call.sequence.state
-            if state is None:
-                continue
-            if not state.can_reserve(count):
-                if state.length == 0:  # do not sit on a slot
-                    state.close()
-                    call.sequence.state = None
-                continue
-            state.reserve(count)
-            work.append(Work(call, state, pending[:count]))
-            if len(pending) > 1:
-                budget -= count
-        return work
-
-    def _take_memory(self, active: list[Call]) -> list[Call] | None:
-        """Free the KV of a sequence without calls, else of the youngest call that holds any beside an older one.
-
-        The sequence keeps its tokens, and they are computed again, to the same bits, when it has a call whose
-        turn has come. Returns the calls that this is for: the victim would only fill it again. None if nothing is
-        left to take.
-        """
-        idle = [s for s in self.sequences.values() if s.state is not None and not s.calls]
-        holders = [call.sequence for call in active if call.sequence.state is not None]
-        chosen = idle[0] if idle else holders[-1] if len(holders) > 1 else None
-        if chosen is None:
-            return None
-        assert chosen.state is not None
-        chosen.state.close()
-        chosen.state = None
-        return active[: active.index(chosen.calls[0])] if chosen.calls else active
+    def _can_advance(self, active: list[Call]) -> bool:
+        """Whether `_advance` would do something. Of forks, the oldest is the one that can be next."""
+        ready = [call for call in active if not call.pending()]
+        forks = [call for call in ready if isinstance(call, ForkCall)]
+        return len(ready) > len(forks) or (bool(forks) and can_fork(forks[0], self.pools.free_slots))
 
     def _expire(self) -> None:
         """End the calls whose deadline has passed, running or queued."""
@@ -245,20 +196,16 @@ class Core:
             return RequestError("tokens", [], "cannot generate from an empty history")
         return None
 
-    def _state_of(self, sequence: Sequence) -> SequenceState | None:
-        if sequence.state is None and self.pools.free_slots:
-            sequence.state = SequenceState(self.pools)
-        return sequence.state
-
     def _forward(self, work: list[Work]) -> tuple[tuple[Tensor, ...], Tensor]:
         """Run the work and commit it; returns each item's streams [n, hc, D], and [S, hc, D] those before them."""
         now = time.monotonic()
-        spans = [item.state.span(len(item.tokens)) for item in work]
+        states = [item.call.sequence.held for item in work]
+        spans = [state.span(len(item.tokens)) for state, item in zip(states, work, strict=True)]
         ids = torch.tensor([token for item in work for token in item.tokens])
         previous = self.pools.streams[torch.tensor([span.slot for span in spans])]
         streams = self.model.forward(ids, Batch(self.pools, spans))
-        for item in work:
-            item.state.commit(len(item.tokens))
+        for state, item in zip(states, work, strict=True):
+            state.commit(len(item.tokens))
             item.call.begin(now)
         return streams.split([len(item.tokens) for item in work]), previous
 
@@ -274,7 +221,7 @@ class Core:
                 self._finish(call)
             forked = False
             for fork in sorted((c for c in ready if isinstance(c, ForkCall)), key=lambda c: c.id):
-                if not self._can_fork(fork):
+                if not can_fork(fork, self.pools.free_slots):
                     break  # no younger fork takes the slots it waits for
                 self._fork(fork)
                 forked = True
@@ -283,15 +230,13 @@ class Core:
             if not (scored or forked or drawing):
                 return
 
-    def _can_fork(self, call: ForkCall) -> bool:
-        return call.sequence.state is None or self.pools.free_slots >= len(call.children)
-
     def _fork(self, call: ForkCall) -> None:
-        source = call.sequence
+        source, before = call.sequence, self.pools.copied
         for number in call.children:
-            child = Sequence(list(source.tokens))
+            child = Sequence(list(source.tokens), source.namespace)
             child.state = source.state.fork() if source.state is not None else None
             self.sequences[number] = child
+        call.copied += self.pools.copied - before
         self._finish(call)
 
     def _draw(self, calls: list[GenerateCall]) -> None:
@@ -299,8 +244,10 @@ class Core:
         live = [call for call in calls if not self._finish_if_done(call)]
         if not live:
             return
-        slots = [call.sequence.state.slot for call in live if call.sequence.state is not None]
-        assert len(slots) == len(live)
+        for call in live:
+            if not call.has_drawn:  # where its prompt ends, others may begin
+                self.memory.keep(call.sequence)
+        slots = [call.sequence.held.slot for call in live]
         logits = self.model.logits(self.pools.streams[torch.tensor(slots)])
         # The head of a V4 checkpoint is padded: ids the tokenizer does not define are never drawn.
         chosen = sample(logits[:, : self.tokenizer.size], [call.draw() for call in live])
@@ -320,6 +267,7 @@ class Core:
         return True
 
     def _finish(self, call: Call) -> None:
+        self.memory.keep(call.sequence, checkpoint=not isinstance(call, ScoreCall))
         self._forget(call)
         self.emit(call.done())
 
@@ -332,8 +280,13 @@ class Core:
         del self.calls[call.id]
         sequence = call.sequence
         place = sequence.calls.index(call)
-        (sequence.calls[place - 1].then_extend if place else sequence.tokens).extend(call.then_extend)
         del sequence.calls[place]
+        if place:
+            before = sequence.calls[place - 1]
+            before.then_cuts.extend(len(before.then_extend) + cut for cut in call.then_cuts)
+            before.then_extend.extend(call.then_extend)
+        else:
+            sequence.append(call.then_extend, call.then_cuts)
 
 
 def failure(call: int, error: WeftError) -> m.Failed:

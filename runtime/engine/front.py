@@ -25,7 +25,7 @@ from weft.runtime.decoding.params import SamplingParams
 from weft.runtime.engine import messages as m
 from weft.runtime.engine.child import CoreProcess
 from weft.runtime.engine.config import EngineConfig
-from weft.runtime.engine.handle import Output, Sequence, absolute, remaining
+from weft.runtime.engine.handle import Output, Sequence, absolute, remaining, within
 from weft.runtime.engine.link import Link, ProcessLink, ThreadLink
 from weft.runtime.text.tokenizer import Tokenizer
 
@@ -125,11 +125,27 @@ class Engine:
 
     # -- sequences --------------------------------------------------------------------------------------
 
-    def open(self, content: str | Seq[int]) -> Sequence:
-        """A sequence with this history. Text is encoded as it stands: no BOS is added."""
+    def open(self, content: str | Seq[int], *, cuts: Seq[int] = (), namespace: str = "") -> Sequence:
+        """A sequence with this history. Text is encoded as it stands: no BOS is added.
+
+        cuts: lengths at which other histories may part from it; state is kept there. namespace: what is computed
+        for one namespace is found from, and told to, that one only."""
+        tokens = self.tokens(content)
         sequence = Sequence(self, self.new_id())
-        self.send(m.Open(sequence.id, self.tokens(content)))
+        self.send(m.Open(sequence.id, tokens, within(cuts, len(tokens)), namespace))
         return sequence
+
+    async def explain(self, content: str | Seq[int], *, namespace: str = "") -> m.Explained:
+        """How a sequence with this history would begin now: what of it is known, what would be run, and where it
+        parts from what is known. Changes nothing."""
+        tokens = self.tokens(content)
+        done = await self.result(lambda call: m.Explain(call, tokens, namespace))
+        assert done.explained is not None
+        return done.explained
+
+    def flush(self) -> None:
+        """Forget the KV of histories that are not open. Costs time only: results stay the same."""
+        self.post(m.Flush())
 
     async def generate(
         self,

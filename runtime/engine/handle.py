@@ -60,9 +60,11 @@ class Sequence:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def extend(self, content: str | Seq[int]) -> None:
-        """Append tokens, or text as the tokenizer splits it alone."""
-        self._send(m.Extend(self.id, self.engine.tokens(content)))
+    def extend(self, content: str | Seq[int], *, cuts: Seq[int] = ()) -> None:
+        """Append tokens, or text as the tokenizer splits it alone. cuts: places within it, 0 to its tokens, at
+        which other histories may part from this one; state is kept there."""
+        tokens = self.engine.tokens(content)
+        self._send(m.Extend(self.id, tokens, within(cuts, len(tokens))))
 
     async def generate(
         self, params: SamplingParams, deadline: float | None = None
@@ -160,6 +162,14 @@ class Sequence:
     def _send(self, message: m.Request) -> None:
         self._check_open()
         self.engine.send(message)
+
+
+def within(cuts: Seq[int], length: int) -> list[int]:
+    """The cuts, once they are known to be lengths up to this one."""
+    for cut in cuts:
+        if type(cut) is not int or not 0 <= cut <= length:
+            raise errors.RequestError("cuts", cut, f"not in 0..{length}")
+    return list(cuts)
 
 
 def remaining(at: float | None) -> float | None:

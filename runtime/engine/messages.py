@@ -18,17 +18,21 @@ from weft.runtime.decoding.params import SamplingParams
 
 
 class Open(msgspec.Struct, frozen=True, tag=True):
-    """Create sequence `sequence` with this history."""
+    """Create sequence `sequence` with this history. cuts: lengths at which other histories may part from it.
+    namespace: what it computes is found from the same namespace only."""
 
     sequence: int
     tokens: list[int]
+    cuts: list[int] = []
+    namespace: str = ""
 
 
 class Extend(msgspec.Struct, frozen=True, tag=True):
-    """Append tokens; they are computed when a later call needs them."""
+    """Append tokens; they are computed when a later call needs them. cuts: within them, 0 to their number."""
 
     sequence: int
     tokens: list[int]
+    cuts: list[int] = []
 
 
 class Truncate(msgspec.Struct, frozen=True, tag=True):
@@ -70,6 +74,18 @@ class Score(msgspec.Struct, frozen=True, tag=True):
     sent: float = msgspec.field(default_factory=time.monotonic)
 
 
+class Explain(msgspec.Struct, frozen=True, tag=True):
+    """Say how a history would begin now; nothing is changed."""
+
+    call: int
+    tokens: list[int]
+    namespace: str = ""
+
+
+class Flush(msgspec.Struct, frozen=True, tag=True):
+    """Forget what is known of histories that are not open."""
+
+
 class Cancel(msgspec.Struct, frozen=True, tag=True):
     """End a call now, wherever it is; the sequence keeps the tokens it has."""
 
@@ -86,8 +102,8 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
     """End the core."""
 
 
-Call = Truncate | Fork | Generate | Score  # ends with `Done` or `Failed`
-Request = Open | Extend | Call | Cancel | Close | Stop
+Call = Truncate | Fork | Generate | Score | Explain  # ends with `Done` or `Failed`
+Request = Open | Extend | Flush | Call | Cancel | Close | Stop
 
 # -- core to front ----------------------------------------------------------------------------------------
 
@@ -103,17 +119,43 @@ class Logprob(msgspec.Struct, frozen=True):
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
     """What a call took. Counts are tokens, times seconds.
 
-    history: tokens before the call's own. cached: of those, already computed when the call began.
-    computed: tokens run through the model for it. first_token: from submission to the first token.
+    history: tokens before the call's own. cached: of those, not run for it: its sequence had computed them, or
+    their state was kept. matched: tokens known when the sequence took up its KV, replayed: those of them run again
+    to bring raw state back, reason: why not all were cached (`cache.prefix.Reason`); 0 and empty if the sequence
+    had its KV. computed: tokens run through the model for it, those replayed too. copied: bytes of KV copied.
+    first_token: from submission to the first token.
     """
 
     history: int = 0
     cached: int = 0
+    matched: int = 0
+    replayed: int = 0
     computed: int = 0
+    copied: int = 0
+    reason: str = ""
     generated: int = 0
     queued: float = 0.0
     first_token: float = 0.0
     total: float = 0.0
+
+
+class Explained(msgspec.Struct, frozen=True, kw_only=True):
+    """How a history would begin (`cache.prefix.Plan`).
+
+    way: cold, checkpoint or replay. cached: tokens that would not be run. matched: known ones; replayed: those
+    of them to run again, computed: all to run. differs: the first token that is not known, if others are known
+    at its place: those (some of them) are `others`. copied: bytes of KV to copy. reason: why not all is cached.
+    """
+
+    way: str
+    matched: int
+    cached: int
+    replayed: int
+    computed: int
+    copied: int
+    reason: str
+    differs: int | None = None
+    others: list[int] = []
 
 
 class Delta(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -139,6 +181,7 @@ class Done(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     stop: str | int | None = None
     kept: int = 0
     logprobs: list[Logprob] = []
+    explained: Explained | None = None
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):

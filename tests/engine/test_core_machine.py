@@ -40,9 +40,10 @@ class Messages(RuleBasedStateMachine):
         slots=st.integers(3, 5),
         chunk=st.integers(12, 64),
         spare=st.integers(-2, 4),
+        checkpoints=st.integers(0, 6),
     )
-    def start(self, page: int, slots: int, chunk: int, spare: int) -> None:
-        self.book = Book(page, slots, chunk, spare, CONTEXT, QUEUE)
+    def start(self, page: int, slots: int, chunk: int, spare: int, checkpoints: int) -> None:
+        self.book = Book(page, slots, chunk, spare, CONTEXT, QUEUE, checkpoints)
 
     def pick(self, number: int) -> int:
         return list(self.book.open)[number % len(self.book.open)]

@@ -96,7 +96,7 @@ def test_a_new_core_takes_over_without_the_old_sequences() -> None:
     gate = Gate()
 
     async def work(engine: Engine) -> None:
-        old = engine.open(PROMPT)
+        old = engine.open(some_tokens(40, seed=7))
         await old.complete(PARAMS)
         await all_fail(await crash(engine, gate, RuntimeError("boom")), "boom")
         output = await engine.generate(PROMPT, PARAMS)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from support.engine import EOS, UNPAGED, byte_tokenizer, drawn_again, free, small_model
+from support.engine import EOS, UNPAGED, byte_tokenizer, drawn_again, free, kept, small_model
 from support.pools import poison
 from support.run import run
 from weft.runtime.cache.capacity import KINDS, TOKENS_PER_ROW, PoolSizes
@@ -50,9 +50,11 @@ class Asked:
 class Book:
     """Everything sent goes through here. `heard` verifies each event when it comes."""
 
-    def __init__(self, page: int, slots: int, chunk: int, spare: int, context: int, queue: int) -> None:
+    def __init__(
+        self, page: int, slots: int, chunk: int, spare: int, context: int, queue: int, checkpoints: int
+    ) -> None:
         """spare: compressed pages beyond those of one sequence as long as the context, negative if too few."""
-        sizes = PoolSizes(tokens=context, slots=slots, context=context, burst=chunk, page=page)
+        sizes = PoolSizes(context, slots, context, chunk, page, checkpoints)
         self.pools = Pools(small_model().config, sizes)
         for kind in ("c4", "c128"):
             allocator = self.pools.allocators[kind]
@@ -102,7 +104,7 @@ class Book:
     def truncate(self, id: int, back: int) -> None:
         history = self.open[id]
         length = len(history.tokens) - back
-        possible = not history.calls and self.core.sequences[id].computed <= length <= len(history.tokens)
+        possible = not history.calls and self.core.sequences[id].fixed <= length <= len(history.tokens)
         answers: list[m.Event] = []
         self.core.emit = answers.append
         self.core.handle(m.Truncate(next(self.ids), id, length))
@@ -151,7 +153,7 @@ class Book:
         for kind, holders in self.kept_back.items():
             for page in [page for page, count in enumerate(holders) if count]:
                 self.pools.allocators[kind].release(page)
-        assert free(self.pools)
+        assert free(self.pools, self.core.memory.prefix)
 
     # -- messages out -----------------------------------------------------------------------------------
 
@@ -261,8 +263,9 @@ class Book:
         states = [sequence.state for sequence in sequences.values() if sequence.state is not None]
         self.pools.check()
         assert self.pools.free_slots == self.pools.sizes.slots - len(states)
+        known = kept(self.core.memory.prefix)
         for kind in KINDS:
-            held = Counter(page for state in states for page in state.pages[kind].values())
+            held = known[kind] + Counter(page for state in states for page in state.pages[kind].values())
             holders = self.pools.allocators[kind]._holders
             assert holders == [kept + held[page] for page, kept in enumerate(self.kept_back[kind])]
         poison(self.pools)

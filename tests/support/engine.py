@@ -9,6 +9,7 @@ import asyncio
 import dataclasses
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor
 
 from support.run import run
-from weft.runtime.cache.capacity import PoolSizes
+from weft.runtime.cache.capacity import KINDS, PageKind, PoolSizes
 from weft.runtime.cache.pools import Pools
+from weft.runtime.cache.prefix import PrefixCache
 from weft.runtime.checkpoint.dummy import dummy_weights
 from weft.runtime.config import ModelConfig, preset
 from weft.runtime.decoding.params import SamplingParams
@@ -156,7 +158,9 @@ def running(
     try:
         yield engine
         if not leaks:
-            wait_for(lambda: is_idle(engine) and free(core_of(engine).pools), seconds=10)
+            wait_for(
+                lambda: is_idle(engine) and free(core_of(engine).pools, core_of(engine).memory.prefix), seconds=10
+            )
             core_of(engine).pools.check()
     finally:
         stop(engine)
@@ -185,9 +189,23 @@ def is_idle(engine: Engine) -> bool:
     return not core.calls and not core.sequences and link_of(engine).inbox.empty() and not engine._calls
 
 
-def free(pools: Pools) -> bool:
-    """No slot and no page is held."""
-    pages = all(allocator.free == allocator.total for allocator in pools.allocators.values())
+def kept(prefix: PrefixCache) -> dict[PageKind, Counter[int]]:
+    """How often the prefix cache holds each page; verifies its invariants."""
+    prefix.check()
+    held: dict[PageKind, Counter[int]] = {kind: Counter() for kind in KINDS}
+    for (kind, page), count in prefix.tree.check().items():
+        held[kind][page] += count
+    for checkpoint in prefix.checkpoints.held:
+        held["window"].update(checkpoint.window.values())
+    return held
+
+
+def free(pools: Pools, prefix: PrefixCache | None = None) -> bool:
+    """No slot is held, and no page but by the prefix cache."""
+    held = kept(prefix) if prefix is not None else {}
+    pages = all(
+        allocator.free == allocator.total - len(held.get(kind, ())) for kind, allocator in pools.allocators.items()
+    )
     tables = all(int(table.count_nonzero()) == 0 for table in pools.tables.values())
     return pages and tables and pools.free_slots == pools.sizes.slots
 

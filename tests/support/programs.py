@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from support.engine import byte_tokenizer, free, is_idle, small_config, small_model, wait_for
+from support.engine import byte_tokenizer, core_of, free, is_idle, small_config, small_model, wait_for
 from support.run import run
 from weft.backend.language import DeepSeekV4Backend
 from weft.runtime.cache.capacity import PoolSizes
@@ -180,13 +180,15 @@ def rig(engine: Engine | None = None, model: Model | None = None, **options: Any
     made = Rig(engine or shared_engine(), model or babbling_model(), **options)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
+        made.backend.flush_cache()  # what tests before this one have left in a shared engine
         try:
             yield made
         finally:
             guarded(made.backend.shutdown)
     assert len(seen) == made.errors_taken, "\n".join(str(w.message) for w in seen)
-    pools = made.engine._link.core.pools
-    wait_for(lambda: is_idle(made.engine) and free(pools), seconds=10)
+    core = core_of(made.engine)
+    pools = core.pools
+    wait_for(lambda: is_idle(made.engine) and free(pools, core.memory.prefix), seconds=10)
     pools.check()
 
 

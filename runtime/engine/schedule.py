@@ -1,0 +1,113 @@
+"""Which tokens run in a step, and who gives way when memory is short."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from weft.runtime.cache.radix import as_tokens, common_prefix
+from weft.runtime.engine.calls import Call, ForkCall
+from weft.runtime.engine.sequences import Memory, Sequence
+
+_PATIENCE = 16  # times that a call is passed over by younger ones whose prefix is known
+_WORTH_WAITING = 64  # tokens that another call is about to compute too
+
+
+@dataclass
+class Work:
+    """Tokens of one call to run in this step."""
+
+    call: Call
+    tokens: list[int]
+
+
+class Scheduler:
+    """Continuous batching: decodes, one token each, then prefill chunks up to a budget."""
+
+    def __init__(self, memory: Memory, chunk: int) -> None:
+        self._memory = memory
+        self._chunk = chunk
+
+    def begin(self, active: list[Call]) -> None:
+        """Give states to calls that have none. While an older fork waits for slots, none goes to a younger call;
+        while another call computes the beginning of a history, the history waits for it."""
+        blocked = min((call.id for call in active if not call.pending()), default=sys.maxsize)
+        waiting = [call for call in active if call.sequence.state is None and call.pending()]
+        for call in self._in_order([call for call in waiting if call.id < blocked]):
+            if not self._shares(call, active) and not self._memory.begin(call):
+                return
+
+    def _in_order(self, waiting: list[Call]) -> list[Call]:
+        """The oldest first; if not all can have a slot, those whose prefix is known longest, up to a point."""
+        if len(waiting) <= self._memory.pools.free_slots:
+            return waiting
+        known = {c.id: self._memory.plan(c.sequence.tokens, c.sequence.namespace).matched for c in waiting}
+        order = sorted(waiting, key=lambda c: (c.passed_over < _PATIENCE and -known[c.id], c.id))
+        for call in waiting[:1]:
+            call.passed_over += order[0] is not call
+        return order
+
+    def _shares(self, call: Call, active: list[Call]) -> bool:
+        """Whether a call under way will soon have computed more of this history than is known; it is told to keep
+        its state where the two part."""
+        own: Sequence = call.sequence
+        known = None
+        for other in active:
+            theirs = other.sequence
+            if theirs.state is None or theirs.namespace != own.namespace:
+                continue
+            limit = min(len(theirs.tokens), call.known_limit())
+            if limit <= theirs.computed or len(theirs.tokens) - theirs.computed <= 1:
+                continue  # it decodes, or has passed what they could share
+            shared = common_prefix(as_tokens(theirs.tokens[:limit]), as_tokens(own.tokens[:limit]))
+            if known is None:
+                known = self._memory.plan(own.tokens[: call.known_limit()], own.namespace).matched
+            if shared > theirs.computed and shared >= known + _WORTH_WAITING:
+                theirs.cuts.add(shared)
+                return True
+        return False
+
+    def work(self, active: list[Call]) -> list[Work]:
+        """What runs now; the rows of it are reserved. Oldest calls first; decodes cost one token each, so they
+        come before prefill."""
+        work: list[Work] = []
+        budget = self._chunk
+        for call in sorted(active, key=lambda call: len(call.pending()) > 1):
+            pending, state = call.pending(), call.sequence.state
+            if not pending or state is None:
+                continue
+            count = min(len(pending), budget if len(pending) > 1 else 1, call.sequence.next_cut())
+            if state.behind:
+                count = min(count, state.behind)
+            if count == 0:
+                continue
+            if not self._memory.reserve(call, count):
+                if not call.has_run:
+                    self._memory.let_go(call.sequence, checkpoint=False)  # do not sit on a slot
+                continue
+            work.append(Work(call, pending[:count]))
+            if len(pending) > 1:
+                budget -= count
+        return work
+
+    def take_memory(self, active: list[Call], sequences: Iterable[Sequence]) -> list[Call] | None:
+        """Free the KV of a sequence without calls, else of the youngest call that holds any beside the oldest.
+
+        The sequence keeps its tokens; its state is kept too, as long as there is room, and otherwise computed
+        again, to the same bits, when it has a call whose turn has come. Returns the calls that this is for: the
+        victim would only fill it again. None if nothing is left to take.
+        """
+        idle = [s for s in sequences if s.state is not None and not s.calls]
+        holders = [call.sequence for call in active if call.sequence.state is not None]
+        younger = [sequence for sequence in holders if sequence is not active[0].sequence]
+        chosen = idle[0] if idle else younger[-1] if younger else None
+        if chosen is None:
+            # States that had just begun are gone again, and may have held what the oldest call needs.
+            return active[:1] if len(active) > 1 else None
+        self._memory.let_go(chosen, checkpoint=True)
+        return active[: active.index(chosen.calls[0])] if chosen.calls else active
+
+
+def can_fork(call: ForkCall, free_slots: int) -> bool:
+    return call.sequence.state is None or free_slots >= len(call.children)

@@ -1,0 +1,126 @@
+"""Sequences of a core, and the KV they hold: how they get it, what is kept of it, how it is let go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from weft.runtime.cache.pools import Pools
+from weft.runtime.cache.prefix import Plan, PrefixCache
+from weft.runtime.cache.sequence import SequenceState
+from weft.runtime.engine import messages as m
+
+if TYPE_CHECKING:
+    from weft.runtime.engine.calls import Call
+
+# In a long prefill raw state is kept at this many tokens, and each time the number has doubled.
+_FIRST_POINT = 512
+
+
+class Sequence:
+    """A history and, once something was computed, its KV state. Calls run one after another.
+
+    cuts: lengths at which raw state is to be kept, because the history may be continued otherwise from there.
+    """
+
+    def __init__(self, tokens: list[int], namespace: str = "", cuts: Iterable[int] = ()) -> None:
+        self.tokens = tokens
+        self.namespace = namespace
+        self.cuts = set(cuts)
+        self.state: SequenceState | None = None
+        self.calls: list[Call] = []
+
+    @property
+    def computed(self) -> int:
+        """Tokens that need not be run again; while a state is brought back, fewer than it will have."""
+        return self.state.length if self.state is not None else 0
+
+    @property
+    def fixed(self) -> int:
+        """Tokens that the KV at hand belongs to: the history cannot lose these."""
+        return max(self.state.length, self.state.chain) if self.state is not None else 0
+
+    @property
+    def held(self) -> SequenceState:
+        """Its state, which it must have."""
+        assert self.state is not None
+        return self.state
+
+    def next_cut(self) -> int:
+        """Tokens until the next length at which state is to be kept."""
+        point = _FIRST_POINT
+        while point <= self.computed:
+            point *= 2
+        return min(cut for cut in (*self.cuts, point) if cut > self.computed) - self.computed
+
+    def append(self, tokens: list[int], cuts: Iterable[int]) -> None:
+        """cuts: within the tokens."""
+        self.cuts.update(len(self.tokens) + cut for cut in cuts)
+        self.tokens.extend(tokens)
+
+
+class Memory:
+    """Owns the prefix cache. Every state of a sequence begins and ends here."""
+
+    def __init__(self, pools: Pools) -> None:
+        self.pools = pools
+        self.prefix = PrefixCache(pools)
+
+    def explain(self, tokens: list[int], namespace: str) -> m.Explained:
+        """What `begin` would do for such a history, and where it parts from the nearest one known."""
+        plan = self.plan(tokens, namespace)
+        others = self.prefix.others(tokens, namespace)
+        return m.Explained(
+            way=plan.way,
+            matched=plan.matched,
+            cached=plan.start,
+            replayed=plan.replayed,
+            computed=plan.tokens - plan.start,
+            copied=self.pools.raw_bytes if plan.way == "checkpoint" else 0,
+            reason=plan.reason,
+            differs=tokens[plan.matched] if others else None,
+            others=others,
+        )
+
+    def plan(self, tokens: list[int], namespace: str) -> Plan:
+        """How a history would begin now."""
+        return self.prefix.plan(tokens, namespace)
+
+    def begin(self, call: Call) -> bool:
+        """Give the call's sequence a state, as far on as is known; False if there is no slot."""
+        if not self.pools.free_slots:
+            return False
+        sequence, before = call.sequence, self.pools.copied
+        wanted = sequence.tokens[: call.known_limit()]
+        sequence.state, plan = self.prefix.resume(wanted, sequence.namespace)
+        call.resumed(plan, self.pools.copied - before)
+        return True
+
+    def reserve(self, call: Call, count: int) -> bool:
+        """Make `count` more tokens of the call writable; what was used least is let go for it."""
+        state, before = call.sequence.held, self.pools.copied
+        if not self.prefix.make_room(state, count):
+            return False
+        state.reserve(count)
+        call.copied += self.pools.copied - before
+        return True
+
+    def keep(self, sequence: Sequence, *, checkpoint: bool = True) -> None:
+        """Know what the sequence has computed; with a checkpoint, histories that continue it need compute nothing
+        of it."""
+        if sequence.state is not None:
+            self.prefix.keep(sequence.tokens, sequence.state, sequence.namespace, checkpoint=checkpoint)
+
+    def passed(self, sequence: Sequence) -> None:
+        """Tokens of it were computed: keep the state if this is a place for it."""
+        length = sequence.computed
+        point = length >= _FIRST_POINT and length % _FIRST_POINT == 0 and (length // _FIRST_POINT).bit_count() == 1
+        if length in sequence.cuts or point:
+            self.keep(sequence)
+
+    def let_go(self, sequence: Sequence, *, checkpoint: bool) -> None:
+        """Give back its state; what is known of it stays as long as nobody needs the room."""
+        if sequence.state is not None:
+            self.keep(sequence, checkpoint=checkpoint)
+            sequence.state.close()
+            sequence.state = None

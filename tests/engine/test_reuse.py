@@ -1,0 +1,263 @@
+"""What was computed once is not computed again, whoever asks for it, and gives the same bits as if it were."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from support.engine import Gate, byte_tokenizer, core_of, drawn_again, finish, running, some_tokens
+from weft.runtime.cache.base import replay_start
+from weft.runtime.decoding.params import SamplingParams
+from weft.runtime.engine import messages as m
+from weft.runtime.engine.front import Engine
+from weft.runtime.errors import RequestError
+from weft.runtime.text.tokens import ASSISTANT, THINK_END, THINK_START, USER
+from weft.runtime.text.turns import turn_cuts
+
+PARAMS = SamplingParams(max_tokens=4, seed=3, ignore_eos=True)
+ROOMY = {"tokens": 16384, "context": 8192}
+
+
+async def run(engine: Engine, prompt: list[int], params: SamplingParams = PARAMS, **options: Any) -> m.Usage:
+    """Usage of one generation, which draws what a cold run alone would."""
+    with engine.open(prompt, **options) as sequence:
+        output = await sequence.complete(params)
+    assert output.tokens == drawn_again(prompt, output.tokens, params)
+    return output.usage
+
+
+def test_a_history_that_is_known_is_not_computed() -> None:
+    prompt = some_tokens(300)
+    gate = Gate()
+    with running(gate) as engine:
+        cold, again = finish(run(engine, prompt)), finish(run(engine, prompt))
+    assert (cold.cached, cold.matched, cold.computed, cold.reason) == (0, 0, 303, "no_tokens")
+    assert (again.cached, again.matched, again.replayed, again.computed) == (300, 300, 0, 3)
+    assert again.reason == "" and again.copied > 0
+    assert sum(gate.steps) == 306
+
+
+def test_an_output_is_known_as_far_as_it_was_computed() -> None:
+    """The last token was drawn, not computed."""
+
+    async def work(engine: Engine) -> m.Usage:
+        with engine.open(prompt) as sequence:
+            output = await sequence.complete(PARAMS)
+        return await run(engine, [*prompt, *output.tokens, 7, 8])
+
+    prompt = some_tokens(90)
+    with running() as engine:
+        usage = finish(work(engine))
+    assert (usage.history, usage.cached, usage.computed) == (96, 93, 3 + 3)
+
+
+@pytest.mark.parametrize("cut", [128, 131, 200])
+def test_histories_that_part_share_what_is_before(cut: int) -> None:
+    """With no state kept where they part, it is replayed behind the chain."""
+    first = some_tokens(300)
+    second = [*first[:cut], *some_tokens(60, seed=9)]
+    with running() as engine:
+        finish(run(engine, first))
+        usage = finish(run(engine, second))
+        start = replay_start(engine.model_config, cut)
+    assert (usage.matched, usage.cached, usage.replayed) == (cut, start, cut - start)
+    assert usage.computed == cut - start + 60 + 3 and usage.reason == "no_checkpoint"
+
+
+@pytest.mark.parametrize("how", ["opened", "appended", "appended behind a call"])
+def test_state_is_kept_where_it_was_said_that_histories_may_part(how: str) -> None:
+    first = some_tokens(300)
+
+    async def work(engine: Engine) -> m.Usage:
+        if how == "opened":
+            await run(engine, first, cuts=[131, 200])
+        else:
+            with engine.open(first[:100]) as sequence:
+                calls = []
+                if how == "appended behind a call":
+                    calls.append(asyncio.ensure_future(sequence.complete(SamplingParams(max_tokens=0))))
+                    await asyncio.sleep(0)
+                sequence.extend(first[100:], cuts=[31, 100])
+                await sequence.complete(PARAMS)
+                await asyncio.gather(*calls)
+        return await run(engine, [*first[:131], *some_tokens(60, seed=9)])
+
+    with running() as engine:
+        usage = finish(work(engine))
+    assert (usage.cached, usage.replayed, usage.computed) == (131, 0, 60 + 3)
+
+
+@pytest.mark.parametrize("cuts", [[301], [-1], [1.5], ["3"]])
+def test_cuts_outside_a_history_are_refused(cuts: list[Any]) -> None:
+    with running() as engine:
+        with pytest.raises(RequestError, match="cuts"):
+            engine.open(some_tokens(300), cuts=cuts)
+        with engine.open([]) as sequence, pytest.raises(RequestError, match="cuts"):
+            sequence.extend(some_tokens(300), cuts=cuts)
+
+
+def test_long_prefills_keep_state_on_their_way() -> None:
+    first = some_tokens(1500)
+    with running(**ROOMY) as engine:
+        finish(run(engine, first))
+        usage = finish(run(engine, [*first[:1100], *some_tokens(5, seed=9)]))
+    assert (usage.matched, usage.cached) == (1100, 1024) and usage.computed == 76 + 5 + 3
+
+
+def test_a_fork_of_sixteen_computes_a_long_prefix_once() -> None:
+    prompt = some_tokens(4096)
+    gate = Gate()
+
+    async def work(engine: Engine) -> None:
+        with engine.open(prompt) as parent:
+            children = await parent.fork(16)
+        params = [SamplingParams(max_tokens=2, seed=i, ignore_eos=True) for i in range(16)]
+        outputs = await asyncio.gather(*(c.complete(p) for c, p in zip(children, params, strict=True)))
+        assert {child.origin.computed for child in children} == {4096}
+        assert {(o.usage.cached, o.usage.computed) for o in outputs} == {(4096, 1)}
+        for child in children:
+            child.close()
+        assert (await run(engine, prompt)).cached == 4096
+
+    with running(gate, **ROOMY) as engine:
+        finish(work(engine))
+    assert sum(gate.steps) == 4096 + 16 + 3
+
+
+def test_histories_that_come_together_compute_their_common_part_once() -> None:
+    """Nobody said that they would; the first keeps its state where the others leave it."""
+    common = some_tokens(200)
+    prompts = [[*common, *some_tokens(30, seed=i)] for i in range(1, 6)]
+    gate = Gate()
+
+    async def work(engine: Engine) -> list[m.Usage]:
+        return list(await asyncio.gather(*(run(engine, prompt) for prompt in prompts)))
+
+    with running(gate) as engine:
+        usages = finish(work(engine))
+    assert [usage.cached for usage in usages] == [0, 200, 200, 200, 200]
+    assert sum(gate.steps) == 200 + 5 * (30 + 3)
+
+
+def test_one_that_gave_way_goes_on_from_its_state() -> None:
+    """Memory for one sequence of two; the younger loses its slot, not what it has computed."""
+
+    async def work(engine: Engine) -> int:
+        long = SamplingParams(max_tokens=40, seed=1, ignore_eos=True)
+        prompts = [some_tokens(100, seed) for seed in range(3)]
+        return sum(u.computed for u in await asyncio.gather(*(run(engine, p, long) for p in prompts)))
+
+    with running(tokens=4096, slots=1) as engine:
+        assert finish(work(engine)) == 3 * 139
+
+
+def test_namespaces_share_and_reveal_nothing() -> None:
+    prompt = some_tokens(300)
+    other = [*prompt[:150], *some_tokens(50, seed=4)]
+
+    async def work(engine: Engine) -> None:
+        await run(engine, prompt, namespace="a")
+        for namespace in ("", "b"):
+            told = await engine.explain(other, namespace=namespace)
+            assert told == m.Explained(
+                way="cold",
+                matched=0,
+                cached=0,
+                replayed=0,
+                computed=200,
+                copied=0,
+                reason="no_tokens",
+            )
+            usage = await run(engine, prompt, namespace=namespace)
+            assert (usage.matched, usage.cached, usage.replayed, usage.computed) == (0, 0, 0, 303)
+        assert (await engine.explain(other, namespace="a")).matched == 150
+        with engine.open(prompt, namespace="a") as parent:
+            (child,) = await parent.fork()
+        with child:
+            child.extend([5, 6, 7])
+            await child.complete(PARAMS)
+        assert (await engine.explain([*prompt, 5, 6, 7], namespace="a")).cached == 303
+        assert (await engine.explain([*prompt, 5, 6, 7], namespace="b")).matched == 300
+
+    with running() as engine:
+        finish(work(engine))
+
+
+def test_explain_says_what_would_happen_and_changes_nothing() -> None:
+    prompt = some_tokens(300)
+
+    async def work(engine: Engine) -> None:
+        assert (await engine.explain(prompt)).way == "cold"
+        await run(engine, prompt)
+        whole = await engine.explain(prompt)
+        assert (whole.way, whole.cached, whole.computed, whole.reason, whole.differs) == (
+            "checkpoint",
+            300,
+            0,
+            "",
+            None,
+        )
+        assert whole.copied == core_of(engine).pools.raw_bytes
+        wrong = (prompt[250] + 1) % 200 + 3
+        other = [*prompt[:250], wrong, 9, 9]
+        told = await engine.explain(other)
+        assert (told.way, told.matched, told.differs, told.others) == ("replay", 250, wrong, [prompt[250]])
+        assert (told.cached, told.replayed, told.reason) == (250 - told.replayed, told.replayed, "no_checkpoint")
+        assert await engine.explain(other) == told
+        usage = await run(engine, other)
+        assert (usage.matched, usage.cached, usage.replayed) == (told.matched, told.cached, told.replayed)
+        assert usage.computed == told.computed + 3
+        # Now two ways lead on from there.
+        assert sorted((await engine.explain([*prompt[:250], 264])).others) == sorted((wrong, prompt[250]))
+        with pytest.raises(RequestError, match="tokens"):
+            await engine.explain([1 << 40])
+
+    with running() as engine:
+        finish(work(engine))
+
+
+def test_flush_forgets_what_is_not_open() -> None:
+    prompt = some_tokens(100)
+
+    async def work(engine: Engine) -> None:
+        with engine.open(prompt) as sequence:
+            await sequence.complete(PARAMS)
+            engine.flush()
+            assert (await engine.explain(prompt)).matched == 0
+            assert (await sequence.complete(PARAMS)).usage.cached == 103
+        assert (await run(engine, prompt)).matched == 100  # the chain of the open one was kept when it ended
+
+    with running() as engine:
+        finish(work(engine))
+
+
+@pytest.mark.parametrize("checkpoints", [0, 3])
+def test_an_agent_of_500_tokens_in_little_memory(checkpoints: int) -> None:
+    """Turns of two agents in turn, each evicting what the other has, equal one cold greedy run of each."""
+    greedy = SamplingParams(max_tokens=25, temperature=0, ignore_eos=True)
+
+    async def agent(engine: Engine, seed: int) -> None:
+        history, drawn = some_tokens(40, seed), 0
+        while drawn < 250:
+            output = await engine.generate(history, greedy)
+            assert output.tokens == drawn_again(history, output.tokens, greedy)
+            history += output.tokens
+            drawn += len(output.tokens)
+
+    async def work(engine: Engine) -> None:
+        await asyncio.gather(agent(engine, 1), agent(engine, 2))
+
+    with running(tokens=320, slots=2, context=320, page=4, checkpoints=checkpoints) as engine:
+        finish(work(engine))
+        assert core_of(engine).memory.prefix.tree.tokens < 700  # or nothing was ever evicted
+
+
+def test_the_borders_of_turns_are_where_histories_part() -> None:
+    tokenizer = byte_tokenizer()
+    turns = ("Be kind.", USER, "Hello", ASSISTANT, THINK_END, "Hi", USER, "And?", ASSISTANT, THINK_START)
+    tokens = [id for part in turns for id in tokenizer.encode(part)]
+    texts = [tokenizer.decode(tokens[:cut]) for cut in turn_cuts(tokenizer, tokens)]
+    assert texts == ["".join(turns[:n]) for n in (1, 4, 6, 9)]
+    assert turn_cuts(tokenizer, tokenizer.encode(USER)) == []
