@@ -66,6 +66,9 @@ class Report:
         if done is not None:
             meta["finish_reason"] = finish_reason(done)
             meta["computed_tokens"] = self._prefill.computed + done.usage.computed
+            meta["replayed_tokens"] = self._prefill.replayed + done.usage.replayed
+            meta["matched_tokens"] = max(self._prefill.matched, self._prefill.cached)
+            meta["cache_reason"] = self._prefill.reason
             meta["first_token_latency"] = self._first_token
             meta["e2e_latency"] = time.monotonic() - self._request.started
         if self._request.params.logprobs is not None:

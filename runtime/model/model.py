@@ -92,7 +92,9 @@ class Model:
                 return out
             h = h[np.searchsorted(rows, keep)]
             rows = keep
-            h = block(h, ids.numpy()[rows], StepContext(part, self.rope))
+            # Rows that are not exact may be computed from anything; they are left out from the next layer on.
+            with np.errstate(invalid="ignore", over="ignore"):
+                h = block(h, ids.numpy()[rows], StepContext(part, self.rope))
         assert part is not None
         out[torch.from_numpy(rows)] = torch.from_numpy(h).to(self.dtype)
         batch.pools.streams[torch.from_numpy(part.slots)] = torch.from_numpy(h[part.last]).to(self.dtype)

@@ -47,7 +47,7 @@ def test_while_it_draws() -> None:
         task = asyncio.ensure_future(engine.generate(PROMPT, PARAMS))
         await until(lambda: len(gate.steps) > 5)
         await cancelled(task)
-        await until(lambda: free(core_of(engine).pools, core_of(engine).memory.prefix))
+        await until(lambda: is_idle(engine) and free(core_of(engine).pools, core_of(engine).memory.prefix))
         assert len(gate.steps) < 100
 
     with running(gate) as engine:
@@ -241,7 +241,7 @@ def test_a_deadline_passes_while_the_core_does_not_answer() -> None:
         with pytest.raises(DeadlineExceeded, match="does not answer"):
             await engine.generate(PROMPT, SHORT, deadline=0.1)
         gate.open()
-        await until(lambda: free(core_of(engine).pools, core_of(engine).memory.prefix))
+        await until(lambda: is_idle(engine) and free(core_of(engine).pools, core_of(engine).memory.prefix))
 
     with running(gate) as engine:
         finish(work(engine))
@@ -258,7 +258,7 @@ def test_calls_of_several_parts_have_one_deadline() -> None:
     async def work(engine: Engine) -> None:
         for call in (
             engine.generate(some_tokens(96), SHORT, 0.3, prompt_logprobs=0),
-            engine.sample(some_tokens(96), SamplingParams(max_tokens=8, seed=1, ignore_eos=True), 2, 0.3),
+            engine.sample(some_tokens(96, seed=1), SamplingParams(max_tokens=8, seed=1, ignore_eos=True), 2, 0.3),
         ):
             with pytest.raises(DeadlineExceeded):
                 await call
