@@ -71,6 +71,9 @@ class Core:
             case m.Explain(call, tokens, namespace):
                 explained = self.memory.explain(tokens, namespace)
                 self.emit(m.Done(call=call, usage=m.Usage(), length=len(tokens), explained=explained))
+            case m.Pin(sequence, until):
+                if sequence in self.sequences:
+                    self.sequences[sequence].pinned = until
             case m.Flush():
                 self.memory.prefix.clear()
             case m.Stop():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import AsyncIterator
@@ -148,6 +149,13 @@ class Sequence:
         if type(length) is not int or not 0 <= length < 1 << 63:
             raise errors.RequestError("length", length, "must be an integer, not negative")
         await self.engine.result(lambda call: m.Truncate(call, self.id, length))
+
+    def pin(self, seconds: float) -> None:
+        """While nothing is asked of it, as during a wait for a tool, its KV is taken after that of other sequences
+        without calls; 0 ends it. Taken or not, results are the same."""
+        if not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
+            raise errors.RequestError("seconds", seconds, "must be a number, not negative")
+        self._send(m.Pin(self.id, time.monotonic() + seconds))
 
     def close(self) -> None:
         """Free the KV; calls still running end with `Cancelled`. Safe to call twice."""

@@ -35,6 +35,13 @@ class Extend(msgspec.Struct, frozen=True, tag=True):
     cuts: list[int] = []
 
 
+class Pin(msgspec.Struct, frozen=True, tag=True):
+    """Until then, take the sequence's KV after that of others without calls."""
+
+    sequence: int
+    until: float
+
+
 class Truncate(msgspec.Struct, frozen=True, tag=True):
     """Drop tokens from the end, back to `length`; only tokens not computed yet can go."""
 
@@ -103,7 +110,7 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
 
 
 Call = Truncate | Fork | Generate | Score | Explain  # ends with `Done` or `Failed`
-Request = Open | Extend | Flush | Call | Cancel | Close | Stop
+Request = Open | Extend | Pin | Flush | Call | Cancel | Close | Stop
 
 # -- core to front ----------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -98,7 +99,9 @@ class Scheduler:
         again, to the same bits, when it has a call whose turn has come. Returns the calls that this is for: the
         victim would only fill it again. None if nothing is left to take.
         """
+        now = time.monotonic()
         idle = [s for s in sequences if s.state is not None and not s.calls]
+        idle.sort(key=lambda sequence: sequence.pinned > now)
         holders = [call.sequence for call in active if call.sequence.state is not None]
         younger = [sequence for sequence in holders if sequence is not active[0].sequence]
         chosen = idle[0] if idle else younger[-1] if younger else None

@@ -27,6 +27,7 @@ class Sequence:
         self.tokens = tokens
         self.namespace = namespace
         self.cuts = set(cuts)
+        self.pinned = 0.0  # until then, its KV goes after that of others
         self.state: SequenceState | None = None
         self.calls: list[Call] = []
 

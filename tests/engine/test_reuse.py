@@ -218,6 +218,32 @@ def test_explain_says_what_would_happen_and_changes_nothing() -> None:
         finish(work(engine))
 
 
+@pytest.mark.parametrize(("seconds", "kept"), [(60, 0), (0, 1)])
+def test_a_pinned_sequence_gives_its_kv_last(seconds: float, kept: int) -> None:
+    """Two wait for their tools while a third takes a slot: from the older one, was it not pinned."""
+
+    async def work(engine: Engine) -> list[bool]:
+        waiting = [engine.open(some_tokens(80, seed)) for seed in range(2)]
+        for sequence in waiting:
+            await sequence.complete(PARAMS)
+        waiting[0].pin(60)
+        waiting[0].pin(seconds)
+        await run(engine, some_tokens(80, 5))
+        held = [sequence.state is not None for sequence in core_of(engine).sequences.values()]
+        for sequence in waiting:
+            sequence.close()
+        return held
+
+    with running(slots=2) as engine:
+        assert finish(work(engine)) == [i == kept for i in range(2)]
+
+
+@pytest.mark.parametrize("seconds", [-1, float("inf"), float("nan"), "60"])
+def test_a_pin_is_for_some_seconds(seconds: Any) -> None:
+    with running() as engine, engine.open([]) as sequence, pytest.raises(RequestError, match="seconds"):
+        sequence.pin(seconds)
+
+
 def test_flush_forgets_what_is_not_open() -> None:
     prompt = some_tokens(100)
 
