@@ -56,7 +56,7 @@ _SYSTEM = (
     "Answer in one line.",
 )
 _HELD_SYSTEM = ("You are an exact agent.", "Give the value only.", "Give short answers in one line.")
-_BETTER_THOUGHT = ("two_hop", "multiple_choice", "count", "judge", "sort")  # hard to answer in the head
+_BETTER_THOUGHT = {"two_hop": 0.85, "multiple_choice": 0.7, "judge": 0.7}  # hard to answer in the head
 # Tokens that an example of a long task needs beyond its filler.
 _SHORTEST_LONG = 160
 
@@ -70,7 +70,7 @@ def make(
     fact first asked for then stands at its beginning. plain: no turns of other tasks before.
     """
     draw = Draw(split, rng)
-    d = Dialogue(draw, task, thinking=draw.chance(0.7 if task in _BETTER_THOUGHT else 0.4))
+    d = Dialogue(draw, task, thinking=draw.chance(_BETTER_THOUGHT.get(task, 0.4)))
     if draw.chance(0.5):
         d.system(draw.phrase(_SYSTEM, _HELD_SYSTEM))
     if task in TALK_TASKS and not plain:

@@ -110,12 +110,20 @@ class Model:
         """MTP streams of each row, from which `mtp_logits` predicts the token after next.
 
         h: [T, hc, D] backbone (or, when drafting further, MTP) streams at the batch's positions; next_ids: [T]
-        the tokens that follow them. Returns [T, hc, D]; writes the MTP layer's window rows.
+        the tokens that follow them. Returns [T, hc, D], zeros for rows of a replay that are left out; writes the
+        MTP layer's window rows.
         """
         assert self.mtp is not None, "the config has no MTP block"
-        embedding = self.embed.index_select(0, next_ids).float().numpy()
-        out = self.mtp(h.float().numpy(), embedding, next_ids.numpy(), StepContext(batch, self.rope))
-        return torch.from_numpy(out).to(self.dtype)
+        out = torch.zeros(h.shape, dtype=self.dtype)
+        part, keep = batch.at_layer(self.config.num_hidden_layers) if batch.replays else (batch, slice(None))
+        if part is None:
+            return out
+        ids, streams = next_ids[keep], h[keep].float().numpy()
+        embedding = self.embed.index_select(0, ids).float().numpy()
+        with np.errstate(invalid="ignore", over="ignore"):  # as in `_replay`
+            drafts = self.mtp(streams, embedding, ids.numpy(), StepContext(part, self.rope))
+        out[keep] = torch.from_numpy(drafts).to(self.dtype)
+        return out
 
     @torch.inference_mode()
     def mtp_logits(self, h: Tensor) -> Tensor:

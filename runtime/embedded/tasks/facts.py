@@ -71,6 +71,10 @@ _OPTIONS = ("{q}\n{o}\nAnswer with a letter.", "{q} Give the letter.\n{o}", "{q}
 _HELD_OPTIONS = ("{q}\n{o}\nGive the letter.", "{q} Answer with a letter.\n{o}")
 
 
+_WHICH = ("Which is {v}?", "Find {v}.", "{v}?", "Tell me which is {v}.")
+_HELD_WHICH = ("Please find {v}.", "Which has {v}?")
+
+
 class Fact(NamedTuple):
     name: str
     attribute: str
@@ -187,28 +191,43 @@ def multiple_choice(d: Dialogue, tokens: int | None) -> None:
         if fact.value not in (other.value for other in known):
             known.append(fact)
     stated = known[: draw.rng.randint(1, 4)]
-    d.context(" ".join(say(draw, fact) for fact in stated))
+    # To find the letter of a value is learnt late; it comes sooner where the question gives the value.
+    given = draw.chance(0.3)
+    if not given:
+        d.context(" ".join(say(draw, fact) for fact in stated))
     for fact in draw.rng.sample(stated, min(len(stated), draw.rng.choice((1, 1, 2)))):
         values = [other.value for other in known]
         draw.rng.shuffle(values)
         options = "\n".join(f"{letter}) {value}" for letter, value in zip("ABCD", values, strict=True))
         letter = "ABCD"[values.index(fact.value)]
-        text = draw.phrase(_OPTIONS, _HELD_OPTIONS).format(q=question(draw, fact), o=options)
-        d.ask(text, letter, f"{fact} {letter}) {fact.value}")
+        asked = draw.phrase(_WHICH, _HELD_WHICH).format(v=fact.value) if given else question(draw, fact)
+        text = draw.phrase(_OPTIONS, _HELD_OPTIONS).format(q=asked, o=options)
+        found = f"{letter}) {fact.value}"
+        d.ask(text, letter, found if given else f"{fact} {found}")
 
 
 def judge(d: Dialogue, tokens: int | None) -> None:
-    if d.draw.chance(0.35):
-        _judge_sum(d)
-        return
     draw = d.draw
+    kind = draw.rng.random()
+    if kind < 0.5:
+        (_judge_sum if kind < 0.3 else _judge_same)(d)
+        return
     attribute = draw.rng.choice(ATTRIBUTES)
     known = facts(draw, draw.rng.randint(1, 4), attribute)
     d.context(" ".join(say(draw, fact) for fact in known))
     for fact in draw.rng.sample(known, min(len(known), draw.rng.choice((1, 1, 2)))):
         claimed = fact.value if draw.chance(0.5) else _wrong(draw, fact, known)
         text = draw.phrase(_JUDGED, _HELD_JUDGED).format(a=attribute, x=fact.name, v=claimed)
-        d.ask(text, yes(claimed == fact.value), str(fact))
+        d.ask(text, yes(claimed == fact.value), f"{fact} {claimed} = {fact.value}")
+
+
+def _judge_same(d: Dialogue) -> None:
+    """Two values side by side, as the thoughts about other claims put them."""
+    draw = d.draw
+    (fact,) = facts(draw, 1)
+    claimed = fact.value if draw.chance(0.5) else _wrong(draw, fact, ())
+    text = draw.phrase(_JUDGED_SUMS, _HELD_JUDGED_SUMS).format(e=f"{claimed} = {fact.value}")
+    d.ask(text, yes(claimed == fact.value), f"{claimed} = {fact.value}")
 
 
 def _judge_sum(d: Dialogue) -> None:
@@ -217,7 +236,7 @@ def _judge_sum(d: Dialogue) -> None:
     result = compute(a, sign, b)
     claimed = result if draw.chance(0.5) else abs(result + draw.rng.choice((-10, -2, -1, 1, 2, 10)))
     text = draw.phrase(_JUDGED_SUMS, _HELD_JUDGED_SUMS).format(e=f"{a} {sign} {b} = {claimed}")
-    d.ask(text, yes(claimed == result), working(a, sign, b))
+    d.ask(text, yes(claimed == result), f"{working(a, sign, b)}. {claimed} = {result}")
 
 
 def follow_up(d: Dialogue, fact: Fact, others: Sequence[str]) -> None:
@@ -225,7 +244,11 @@ def follow_up(d: Dialogue, fact: Fact, others: Sequence[str]) -> None:
     wrong = [value for value in others if value != fact.value]
     claimed = d.draw.rng.choice(wrong) if wrong and d.draw.chance(0.5) else fact.value
     task, d.task = d.task, "judge"
-    d.ask(d.draw.phrase(_FOLLOW_UP, _HELD_FOLLOW_UP).format(v=claimed), yes(claimed == fact.value), str(fact))
+    d.ask(
+        d.draw.phrase(_FOLLOW_UP, _HELD_FOLLOW_UP).format(v=claimed),
+        yes(claimed == fact.value),
+        f"{fact} {claimed} = {fact.value}",
+    )
     d.task = task
 
 

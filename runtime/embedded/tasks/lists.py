@@ -67,8 +67,8 @@ def count(d: Dialogue, tokens: int | None) -> None:
         return
     for kind in draw.rng.sample(kinds, draw.rng.choice((1, 1, 2))):
         wanted = items.count(kind)
-        running = ", ".join(f"{kind} {i}" for i in range(1, wanted + 1)) or f"no {kind}"
-        d.ask(draw.phrase(_COUNT, _HELD_COUNT).format(l=text, i=kind), str(wanted), running)
+        # Counting aloud is no help: where to stop is the same question.
+        d.ask(draw.phrase(_COUNT, _HELD_COUNT).format(l=text, i=kind), str(wanted), f"{kind} {wanted}")
 
 
 def sort(d: Dialogue, tokens: int | None) -> None:
