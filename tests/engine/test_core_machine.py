@@ -159,8 +159,9 @@ class Messages(RuleBasedStateMachine):
             self.book.finish()
 
 
-@pytest.mark.parametrize("examples", [30, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [30, pytest.param(1000, marks=pytest.mark.slow)])
 def test_messages(examples: int) -> None:
+    """About 110 messages and steps each."""
     skipped = [HealthCheck.too_slow, HealthCheck.filter_too_much]
     run_state_machine_as_test(
         Messages, settings=settings(max_examples=examples, stateful_step_count=20, suppress_health_check=skipped)
