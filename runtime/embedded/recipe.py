@@ -63,7 +63,7 @@ class Recipe:
     seed: int = 0
     rates: Rates = field(default_factory=Rates)
     warmup: int = 100  # steps over which the rates rise
-    cooldown: float = 0.6  # share of the training at the end over which they fall to nothing
+    cooldown: float = 0.8  # share of the training at the end over which they fall to nothing
     draft: float = 0.3
     index: float = 0.5
     other: float = 0.05
@@ -89,11 +89,11 @@ class Recipe:
 RECIPES = {
     "gpu": Recipe(
         (
-            Stage(0.3, 2048, 32, 512, sparse=False),
-            Stage(0.25, 2048, 32, 2048, 0.3, shipped=True),
-            Stage(0.45, 8192, 8, 8192, 0.3, shipped=True),
+            Stage(0.22, 2048, 32, 512, sparse=False),
+            Stage(0.33, 2048, 32, 2048, 0.15, shipped=True),
+            Stage(0.45, 8192, 8, 8192, 0.25, shipped=True),
         ),
-        minutes=25,
+        minutes=34,
     ),
     # Every stage, in a minute on a CPU; it learns nothing.
     "smoke": Recipe(
