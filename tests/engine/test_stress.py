@@ -13,7 +13,7 @@ from weft.runtime.engine.front import Engine
 from weft.runtime.engine.handle import Sequence
 from weft.runtime.errors import Cancelled, ContextLengthError, Overloaded, RequestError
 
-OPERATIONS = 200
+OPERATIONS = 400
 PASSING = (Cancelled, Overloaded, ContextLengthError, asyncio.CancelledError)
 
 
