@@ -260,13 +260,13 @@ def test_flush_forgets_what_is_not_open() -> None:
 
 
 @pytest.mark.parametrize("checkpoints", [0, 3])
-def test_an_agent_of_500_tokens_in_little_memory(checkpoints: int) -> None:
+def test_500_greedy_steps_in_little_memory(checkpoints: int) -> None:
     """Turns of two agents in turn, each evicting what the other has, equal one cold greedy run of each."""
     greedy = SamplingParams(max_tokens=25, temperature=0, ignore_eos=True)
 
     async def agent(engine: Engine, seed: int) -> None:
         history, drawn = some_tokens(40, seed), 0
-        while drawn < 250:
+        while drawn < 500:
             output = await engine.generate(history, greedy)
             assert output.tokens == drawn_again(history, output.tokens, greedy)
             history += output.tokens
@@ -275,9 +275,9 @@ def test_an_agent_of_500_tokens_in_little_memory(checkpoints: int) -> None:
     async def work(engine: Engine) -> None:
         await asyncio.gather(agent(engine, 1), agent(engine, 2))
 
-    with running(tokens=320, slots=2, context=320, page=4, checkpoints=checkpoints) as engine:
+    with running(tokens=576, slots=2, context=576, page=4, checkpoints=checkpoints) as engine:
         finish(work(engine))
-        assert core_of(engine).memory.prefix.tree.tokens < 700  # or nothing was ever evicted
+        assert core_of(engine).memory.prefix.tree.tokens < 1000  # or nothing was ever evicted
 
 
 def test_the_borders_of_turns_are_where_histories_part() -> None:
