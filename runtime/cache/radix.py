@@ -188,27 +188,29 @@ class RadixTree:
         would free no page stay."""
         allocator = self._allocators[kind]
         kept: list[tuple[int, int, Node]] = []
-        while not allocator.can_alloc(count) and self._ends:
-            entry = heapq.heappop(self._ends)
-            used, _, node = entry
-            if node.children or node.used != used or node.parent is None:
-                continue  # out of date
-            if not self._frees(node, kind):
+        while not allocator.can_alloc(count) and (entry := self._pop_end()):
+            if self._frees(entry[2], kind):
+                self._drop_end(entry[2])
+            else:
                 kept.append(entry)
-                continue
-            self._drop_end(node)
         for entry in kept:
             heapq.heappush(self._ends, entry)
         return allocator.can_alloc(count)
 
     def drop_oldest(self) -> bool:
         """Let the end used longest ago go, even if its pages have other holders; False if there is none."""
+        entry = self._pop_end()
+        if entry is not None:
+            self._drop_end(entry[2])
+        return entry is not None
+
+    def _pop_end(self) -> tuple[int, int, Node] | None:
+        """The entry of the end used longest ago; those out of date are skipped."""
         while self._ends:
-            used, _, node = heapq.heappop(self._ends)
+            used, _, node = entry = heapq.heappop(self._ends)
             if not node.children and node.used == used and node.parent is not None:
-                self._drop_end(node)
-                return True
-        return False
+                return entry
+        return None
 
     def _frees(self, node: Node, kind: ChainKind) -> bool:
         """Whether the path up to here has a page of the kind that only the tree holds; those above go later."""

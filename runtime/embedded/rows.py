@@ -49,7 +49,6 @@ class _Row:
         self.length = length
         self.parts = np.zeros((5, length), np.int32)
         self.parts[0], self.parts[4] = PAD, -1
-        self.parts[1] = np.arange(length)
         self.used = self.documents = 0
 
     def start(self, size: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Call:
-    """One call on one sequence. `pending()` are the tokens to compute before it can act."""
+    """One call on one sequence."""
 
     def __init__(self, id: int, sequence: Sequence) -> None:
         self.id = id
@@ -59,8 +60,15 @@ class Call:
     def _on_turn(self) -> None:
         """What a kind of call does when its turn comes."""
 
-    def pending(self) -> list[int]:
-        return self.sequence.tokens[self.sequence.computed :]
+    @property
+    def left(self) -> int:
+        """Tokens to compute before it can act."""
+        return len(self.sequence.tokens) - self.sequence.computed
+
+    def append(self, tokens: list[int], cuts: Iterable[int]) -> None:
+        """Tokens that join the history when the call ends; cuts: within them."""
+        self.then_cuts.extend(len(self.then_extend) + cut for cut in cuts)
+        self.then_extend.extend(tokens)
 
     def final_length(self) -> int:
         """Tokens the history will have at most when the call ends."""

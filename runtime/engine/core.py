@@ -111,12 +111,7 @@ class Core:
 
     def _extend(self, sequence: Sequence, tokens: list[int], cuts: list[int]) -> None:
         """Behind calls that still run, the tokens wait: those calls see the history they were made for."""
-        if sequence.calls:
-            last = sequence.calls[-1]
-            last.then_cuts.extend(len(last.then_extend) + cut for cut in cuts)
-            last.then_extend.extend(tokens)
-        else:
-            sequence.append(tokens, cuts)
+        (sequence.calls[-1] if sequence.calls else sequence).append(tokens, cuts)
 
     def _truncate(self, call: int, sequence: Sequence, length: int) -> None:
         if sequence.calls or not sequence.fixed <= length <= len(sequence.tokens):
@@ -166,7 +161,7 @@ class Core:
 
     def _can_advance(self, active: list[Call]) -> bool:
         """Whether `_advance` would do something. Of forks, the oldest is the one that can be next."""
-        ready = [call for call in active if not call.pending()]
+        ready = [call for call in active if not call.left]
         forks = [call for call in ready if isinstance(call, ForkCall)]
         return len(ready) > len(forks) or (bool(forks) and can_fork(forks[0], self.pools.free_slots))
 
@@ -217,7 +212,7 @@ class Core:
     def _advance(self) -> None:
         """Let every call that needs no more computation act, until none does."""
         while True:
-            ready = [call for call in self._heads() if not call.pending()]
+            ready = [call for call in self._heads() if not call.left]
             drawing = [call for call in ready if isinstance(call, GenerateCall)]
             scored = [call for call in ready if isinstance(call, ScoreCall)]
             for call in scored:
@@ -284,12 +279,7 @@ class Core:
         sequence = call.sequence
         place = sequence.calls.index(call)
         del sequence.calls[place]
-        if place:
-            before = sequence.calls[place - 1]
-            before.then_cuts.extend(len(before.then_extend) + cut for cut in call.then_cuts)
-            before.then_extend.extend(call.then_extend)
-        else:
-            sequence.append(call.then_extend, call.then_cuts)
+        (sequence.calls[place - 1] if place else sequence).append(call.then_extend, call.then_cuts)
 
 
 def failure(call: int, error: WeftError) -> m.Failed:

@@ -33,8 +33,8 @@ class Scheduler:
     def begin(self, active: list[Call]) -> None:
         """Give states to calls that have none. While an older fork waits for slots, none goes to a younger call;
         while another call computes the beginning of a history, the history waits for it."""
-        blocked = min((call.id for call in active if not call.pending()), default=sys.maxsize)
-        waiting = [call for call in active if call.sequence.state is None and call.pending()]
+        blocked = min((call.id for call in active if not call.left), default=sys.maxsize)
+        waiting = [call for call in active if call.sequence.state is None and call.left]
         for call in self._in_order([call for call in waiting if call.id < blocked]):
             if not self._shares(call, active) and not self._memory.begin(call):
                 return
@@ -43,7 +43,7 @@ class Scheduler:
         """The oldest first; if not all can have a slot, those whose prefix is known longest, up to a point."""
         if len(waiting) <= self._memory.pools.free_slots:
             return waiting
-        known = {c.id: self._memory.plan(c.sequence.tokens, c.sequence.namespace).matched for c in waiting}
+        known = {c.id: self._known(c) for c in waiting}
         order = sorted(waiting, key=lambda c: (c.passed_over < _PATIENCE and -known[c.id], c.id))
         for call in waiting[:1]:
             call.passed_over += order[0] is not call
@@ -52,43 +52,44 @@ class Scheduler:
     def _shares(self, call: Call, active: list[Call]) -> bool:
         """Whether a call under way will soon have computed more of this history than is known; it is told to keep
         its state where the two part."""
-        own: Sequence = call.sequence
-        known = None
+        own = call.sequence
+        tokens = as_tokens(own.tokens[: call.known_limit()])
         for other in active:
             theirs = other.sequence
             if theirs.state is None or theirs.namespace != own.namespace:
                 continue
-            limit = min(len(theirs.tokens), call.known_limit())
-            if limit <= theirs.computed or len(theirs.tokens) - theirs.computed <= 1:
-                continue  # it decodes, or has passed what they could share
-            shared = common_prefix(as_tokens(theirs.tokens[:limit]), as_tokens(own.tokens[:limit]))
-            if known is None:
-                known = self._memory.plan(own.tokens[: call.known_limit()], own.namespace).matched
-            if shared > theirs.computed and shared >= known + _WORTH_WAITING:
+            if other.left <= 1 or len(tokens) <= theirs.computed or theirs.tokens[0] != own.tokens[0]:
+                continue  # it decodes, has passed what they could share, or shares nothing
+            shared = common_prefix(as_tokens(theirs.tokens[: len(tokens)]), tokens)
+            if shared > theirs.computed and shared >= self._known(call) + _WORTH_WAITING:
                 theirs.cuts.add(shared)
                 return True
         return False
+
+    def _known(self, call: Call) -> int:
+        """Tokens of the call's history that are known."""
+        sequence = call.sequence
+        return self._memory.prefix.plan(sequence.tokens[: call.known_limit()], sequence.namespace).matched
 
     def work(self, active: list[Call]) -> list[Work]:
         """What runs now; the rows of it are reserved. Oldest calls first; decodes cost one token each, so they
         come before prefill."""
         work: list[Work] = []
         budget = self._chunk
-        for call in sorted(active, key=lambda call: len(call.pending()) > 1):
-            pending, state = call.pending(), call.sequence.state
-            if not pending or state is None:
+        for call in sorted(active, key=lambda call: call.left > 1):
+            left, state = call.left, call.sequence.state
+            if not left or state is None:
                 continue
-            count = min(len(pending), budget if len(pending) > 1 else 1, call.sequence.next_cut())
-            if state.behind:
-                count = min(count, state.behind)
+            count = 1 if left == 1 else min(left, budget, call.sequence.next_cut(), state.behind or left)
             if count == 0:
                 continue
             if not self._memory.reserve(call, count):
                 if not call.has_run:
                     self._memory.let_go(call.sequence, checkpoint=False)  # do not sit on a slot
                 continue
-            work.append(Work(call, pending[:count]))
-            if len(pending) > 1:
+            start = call.sequence.computed
+            work.append(Work(call, call.sequence.tokens[start : start + count]))
+            if left > 1:
                 budget -= count
         return work
 

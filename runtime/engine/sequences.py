@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from weft.runtime.cache.pools import Pools
-from weft.runtime.cache.prefix import Plan, PrefixCache
+from weft.runtime.cache.prefix import PrefixCache
 from weft.runtime.cache.sequence import SequenceState
 from weft.runtime.engine import messages as m
 
@@ -48,11 +48,8 @@ class Sequence:
         return self.state
 
     def next_cut(self) -> int:
-        """Tokens until the next length at which state is to be kept."""
-        point = _FIRST_POINT
-        while point <= self.computed:
-            point *= 2
-        return min(cut for cut in (*self.cuts, point) if cut > self.computed) - self.computed
+        """Tokens until the next length at which state is to be kept; none is while it is brought back."""
+        return min(cut for cut in (*self.cuts, _point(self.fixed + 1)) if cut > self.fixed) - self.computed
 
     def append(self, tokens: list[int], cuts: Iterable[int]) -> None:
         """cuts: within the tokens."""
@@ -69,7 +66,7 @@ class Memory:
 
     def explain(self, tokens: list[int], namespace: str) -> m.Explained:
         """What `begin` would do for such a history, and where it parts from the nearest one known."""
-        plan = self.plan(tokens, namespace)
+        plan = self.prefix.plan(tokens, namespace)
         others = self.prefix.others(tokens, namespace)
         return m.Explained(
             way=plan.way,
@@ -82,10 +79,6 @@ class Memory:
             differs=tokens[plan.matched] if others else None,
             others=others,
         )
-
-    def plan(self, tokens: list[int], namespace: str) -> Plan:
-        """How a history would begin now."""
-        return self.prefix.plan(tokens, namespace)
 
     def begin(self, call: Call) -> bool:
         """Give the call's sequence a state, as far on as is known; False if there is no slot."""
@@ -115,8 +108,7 @@ class Memory:
     def passed(self, sequence: Sequence) -> None:
         """Tokens of it were computed: keep the state if this is a place for it."""
         length = sequence.computed
-        point = length >= _FIRST_POINT and length % _FIRST_POINT == 0 and (length // _FIRST_POINT).bit_count() == 1
-        if length in sequence.cuts or point:
+        if length in sequence.cuts or length == _point(length):
             self.keep(sequence)
 
     def let_go(self, sequence: Sequence, *, checkpoint: bool) -> None:
@@ -125,3 +117,8 @@ class Memory:
             self.keep(sequence, checkpoint=checkpoint)
             sequence.state.close()
             sequence.state = None
+
+
+def _point(length: int) -> int:
+    """The first of 512, 1,024, 2,048 ... that is at least `length`."""
+    return _FIRST_POINT << ((length - 1) // _FIRST_POINT).bit_length()

@@ -114,16 +114,19 @@ class Model:
         MTP layer's window rows.
         """
         assert self.mtp is not None, "the config has no MTP block"
-        out = torch.zeros(h.shape, dtype=self.dtype)
-        part, keep = batch.at_layer(self.config.num_hidden_layers) if batch.replays else (batch, slice(None))
-        if part is None:
+        if batch.replays:
+            out = torch.zeros(h.shape, dtype=self.dtype)
+            part, keep = batch.at_layer(self.config.num_hidden_layers)
+            if part is not None:
+                with np.errstate(invalid="ignore", over="ignore"):  # as in `_replay`
+                    out[keep] = self._drafted(self.mtp, h[keep], next_ids[keep], part)
             return out
-        ids, streams = next_ids[keep], h[keep].float().numpy()
-        embedding = self.embed.index_select(0, ids).float().numpy()
-        with np.errstate(invalid="ignore", over="ignore"):  # as in `_replay`
-            drafts = self.mtp(streams, embedding, ids.numpy(), StepContext(part, self.rope))
-        out[keep] = torch.from_numpy(drafts).to(self.dtype)
-        return out
+        return self._drafted(self.mtp, h, next_ids, batch)
+
+    def _drafted(self, mtp: MtpBlock, h: Tensor, next_ids: Tensor, batch: Batch) -> Tensor:
+        embedding = self.embed.index_select(0, next_ids).float().numpy()
+        out = mtp(h.float().numpy(), embedding, next_ids.numpy(), StepContext(batch, self.rope))
+        return torch.from_numpy(out).to(self.dtype)
 
     @torch.inference_mode()
     def mtp_logits(self, h: Tensor) -> Tensor:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import random
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from support.cuts import cold, model_of, tokens_of
+from support.cuts import cold, cold_last, model_of, tokens_of
 from support.pairs import pairwise
-from support.run import run, step
+from support.run import step
 from weft.runtime.cache.base import replay_start
 from weft.runtime.cache.capacity import PoolSizes
 from weft.runtime.cache.pools import Pools
@@ -103,11 +102,6 @@ CASES = pairwise(FACTORS)
 TAILS = [[], *(random.Random(i).choices(range(3, 64), k=count) for i, count in enumerate((1, 6, 40)))]
 
 
-@cache
-def last(model: Model, tokens: tuple[int, ...]) -> Tensor:
-    return run(model, tokens)[-1:]
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
 def test_whoever_goes_on_together(case: dict[str, Any]) -> None:
     model, count = model_of(case["window"], *RATIOS), case["batch"]
@@ -128,7 +122,7 @@ def test_whoever_goes_on_together(case: dict[str, Any]) -> None:
         step(model, part)
     for state, history in zip(states, histories, strict=True):
         got = model.logits(pools.streams[state.slot : state.slot + 1])
-        assert torch.equal(got, last(model, tuple(history)))
+        assert torch.equal(got, cold_last(model, tuple(history)))
         state.close()
     prefix.check()
     prefix.clear()

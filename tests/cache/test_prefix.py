@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
 
-from support.cuts import model_of
-from support.run import run, step
+from support.cuts import cold_last, model_of
+from support.run import step
 from weft.runtime.cache.base import replay_start
 from weft.runtime.cache.capacity import PoolSizes
 from weft.runtime.cache.pools import Pools
@@ -45,13 +44,8 @@ class Scene:
         self.prefix.check()
 
 
-@cache
-def last_logits(model: Model, tokens: tuple[int, ...]) -> Tensor:
-    return run(model, tokens)[-1:]
-
-
 def cold(model: Model, tokens: list[int]) -> Tensor:
-    return last_logits(model, tuple(tokens))
+    return cold_last(model, tuple(tokens))
 
 
 def some(count: int, seed: int = 0) -> list[int]:

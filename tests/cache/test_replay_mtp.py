@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.cuts import model_of, tokens_of
-from support.run import pools_for
+from support.cuts import model_of
+from support.replay import Scene
 from weft.runtime.cache.base import replay_start
 from weft.runtime.cache.sequence import SequenceState
 from weft.runtime.model.batch import Batch
@@ -16,13 +16,12 @@ from weft.runtime.model.batch import Batch
 RATIOS = (0, 4, 128, 4)
 
 
-class Drafter:
-    """A cold sequence that has run its MTP block all along, and others that take its chain."""
+class Drafter(Scene):
+    """All of them run their MTP block too."""
 
     def __init__(self, window: int, length: int) -> None:
-        self.model = model_of(window, *RATIOS)
-        self.tokens = tokens_of(length + 1)
-        self.pools = pools_for(self.model, [self.tokens] * 3, page=16)
+        super().__init__(model_of(window, *RATIOS), length + 1)
+        self.first.close()
         self.first = SequenceState(self.pools)
         self.run(self.first, length)
 
@@ -36,34 +35,17 @@ class Drafter:
             state.commit(count)
 
     def replayed(self, cut: int, start: int, chunk: int) -> SequenceState:
-        state = SequenceState(self.pools)
-        pages = {
-            kind: {n: self.first.pages[kind][n] for n in range(-(-(cut // ratio) // 16))}
-            for kind, ratio in (("c4", 4), ("c128", 128))
-        }
-        state.adopt(pages, cut)
-        state.begin_replay(start)
+        state = self.behind(cut, start)
         self.run(state, cut, chunk)
         return state
 
     def rows(self, state: SequenceState, cut: int) -> Tensor:
         """The MTP window rows p-W .. p-2 of a state at p."""
-        window = self.model.config.sliding_window
-        numbers = [
-            self.pools.tables["window"][state.slot, at // 16] + at % 16 for at in range(cut - window, cut - 1)
-        ]
-        return self.pools.kv[-1].gather(torch.tensor(numbers))
-
-    def poison(self) -> None:
-        """Window rows that the first sequence does not hold read as NaN."""
-        held = set(self.first.pages["window"].values())
-        for rows in self.pools.kv:
-            for page in range(self.pools.sizes.pages("window", self.model.config.sliding_window)):
-                if page not in held:
-                    rows.tensor[max(page * 16, 1) : (page + 1) * 16] = torch.nan  # type: ignore[attr-defined]
-        free = [slot for slot in range(self.pools.sizes.slots) if slot != self.first.slot]
-        for tensor in (self.pools.c4_tail, self.pools.c128_fold):
-            tensor[:, free] = torch.nan
+        window, size = self.model.config.sliding_window, self.pools.sizes.page
+        table = self.pools.tables["window"][state.slot]
+        return self.pools.kv[-1].gather(
+            torch.tensor([table[at // size] + at % size for at in range(cut - window, cut - 1)])
+        )
 
 
 @pytest.mark.parametrize("chunk", [1 << 20, 50])

@@ -16,7 +16,7 @@ from support.engine import (
     core_of,
     drawn_again,
     finish,
-    free,
+    is_empty,
     is_idle,
     running,
     some_tokens,
@@ -47,7 +47,7 @@ def test_while_it_draws() -> None:
         task = asyncio.ensure_future(engine.generate(PROMPT, PARAMS))
         await until(lambda: len(gate.steps) > 5)
         await cancelled(task)
-        await until(lambda: is_idle(engine) and free(core_of(engine).pools, core_of(engine).memory.prefix))
+        await until(lambda: is_empty(engine))
         assert len(gate.steps) < 100
 
     with running(gate) as engine:
@@ -241,7 +241,7 @@ def test_a_deadline_passes_while_the_core_does_not_answer() -> None:
         with pytest.raises(DeadlineExceeded, match="does not answer"):
             await engine.generate(PROMPT, SHORT, deadline=0.1)
         gate.open()
-        await until(lambda: is_idle(engine) and free(core_of(engine).pools, core_of(engine).memory.prefix))
+        await until(lambda: is_empty(engine))
 
     with running(gate) as engine:
         finish(work(engine))

@@ -37,5 +37,11 @@ def cold(model: Model, length: int) -> Tensor:
     return run(model, tokens_of(length))
 
 
+@cache
+def cold_last(model: Model, tokens: tuple[int, ...]) -> Tensor:
+    """Logits [1, V] behind these tokens."""
+    return run(model, tokens)[-1:]
+
+
 def tokens_of(length: int) -> list[int]:
     return random.Random(7).choices(range(3, 64), k=length)

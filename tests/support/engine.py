@@ -158,9 +158,7 @@ def running(
     try:
         yield engine
         if not leaks:
-            wait_for(
-                lambda: is_idle(engine) and free(core_of(engine).pools, core_of(engine).memory.prefix), seconds=10
-            )
+            wait_for(lambda: is_empty(engine), seconds=10)
             core_of(engine).pools.check()
     finally:
         stop(engine)
@@ -187,6 +185,12 @@ def is_idle(engine: Engine) -> bool:
     """No call, no sequence, and no message that could make one."""
     core = core_of(engine)
     return not core.calls and not core.sequences and link_of(engine).inbox.empty() and not engine._calls
+
+
+def is_empty(engine: Engine) -> bool:
+    """Idle, and what is still held is the prefix cache's."""
+    core = core_of(engine)
+    return is_idle(engine) and free(core.pools, core.memory.prefix)
 
 
 def kept(prefix: PrefixCache) -> dict[PageKind, Counter[int]]:

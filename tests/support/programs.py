@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from support.engine import byte_tokenizer, core_of, free, is_idle, small_config, small_model, wait_for
+from support.engine import byte_tokenizer, core_of, is_empty, small_config, small_model, wait_for
 from support.run import run
 from weft.backend.language import DeepSeekV4Backend
 from weft.runtime.cache.capacity import PoolSizes
@@ -186,10 +186,8 @@ def rig(engine: Engine | None = None, model: Model | None = None, **options: Any
         finally:
             guarded(made.backend.shutdown)
     assert len(seen) == made.errors_taken, "\n".join(str(w.message) for w in seen)
-    core = core_of(made.engine)
-    pools = core.pools
-    wait_for(lambda: is_idle(made.engine) and free(pools, core.memory.prefix), seconds=10)
-    pools.check()
+    wait_for(lambda: is_empty(made.engine), seconds=10)
+    core_of(made.engine).pools.check()
 
 
 # -- probes ------------------------------------------------------------------------------------------------

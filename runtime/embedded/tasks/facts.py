@@ -70,7 +70,6 @@ _HELD_FOLLOW_UP = ("Is that {v}? yes or no", "I say {v}. Is that right? Answer y
 _OPTIONS = ("{q}\n{o}\nAnswer with a letter.", "{q} Give the letter.\n{o}", "{q}\n{o}\nLetter?", "{q}\n{o}")
 _HELD_OPTIONS = ("{q}\n{o}\nGive the letter.", "{q} Answer with a letter.\n{o}")
 
-
 _WHICH = ("Which is {v}?", "Find {v}.", "{v}?", "Tell me which is {v}.")
 _HELD_WHICH = ("Please find {v}.", "Which has {v}?")
 
@@ -226,8 +225,8 @@ def _judge_same(d: Dialogue) -> None:
     draw = d.draw
     (fact,) = facts(draw, 1)
     claimed = fact.value if draw.chance(0.5) else _wrong(draw, fact, ())
-    text = draw.phrase(_JUDGED_SUMS, _HELD_JUDGED_SUMS).format(e=f"{claimed} = {fact.value}")
-    d.ask(text, yes(claimed == fact.value), f"{claimed} = {fact.value}")
+    both = f"{claimed} = {fact.value}"
+    d.ask(draw.phrase(_JUDGED_SUMS, _HELD_JUDGED_SUMS).format(e=both), yes(claimed == fact.value), both)
 
 
 def _judge_sum(d: Dialogue) -> None:
