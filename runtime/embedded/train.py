@@ -91,6 +91,7 @@ class Trainer:
                     self.note({"stage": number, "seconds": round(self.seconds, 1), "tokens": seen, **figures})
                 if self.step % check_every == 0:
                     self.note({"held out": self.check(stage)})
+                    self.save()
                 if self.progress == 1 or self.recipe.stage(self.progress) != number or now > last:
                     return
         finally:
