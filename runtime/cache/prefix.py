@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +15,7 @@ from weft.runtime.config import ModelConfig
 
 Way = Literal["cold", "checkpoint", "replay"]
 # Why no more than the matched tokens, or more than none of them, need not be computed.
-Reason = Literal["", "no_tokens", "no_checkpoint"]
+Reason = Literal["", "no_tokens", "no_checkpoint", "chain_evicted"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class PrefixCache:
         self._pools = pools
         self.checkpoints = Checkpoints(pools)
         self.tree = RadixTree(pools.allocators, pools.sizes.page, self._forget)
+        self._loose: set[Checkpoint] = set()
 
     # -- beginning --------------------------------------------------------------------------------------
 
@@ -79,9 +80,11 @@ class PrefixCache:
     def _plan(self, known: Tokens, found: Match) -> tuple[Plan, Checkpoint | None]:
         """The cheapest way, and the checkpoint if that is one."""
         total, matched = len(known), found.length
+        reason: Reason = ""
+        if matched < total:
+            reason = "chain_evicted" if self.tree.was_let_go(found, known) else "no_tokens"
         if not matched:
-            return Plan(total, 0, "cold", 0, total, "no_tokens"), None
-        reason: Reason = "no_tokens" if matched < total else ""
+            return Plan(total, 0, "cold", 0, total, reason), None
         best = max(self._marks(found), key=lambda checkpoint: checkpoint.cut, default=None)
         start = replay_start(self._pools.config, matched)
         work = replay_work(self._pools.config, start, matched) + total - matched
@@ -94,23 +97,60 @@ class PrefixCache:
     # -- remembering ------------------------------------------------------------------------------------
 
     def keep(
-        self, tokens: Sequence[int], state: SequenceState, namespace: str = "", *, checkpoint: bool = True
+        self,
+        tokens: Sequence[int],
+        state: SequenceState,
+        namespace: str = "",
+        *,
+        checkpoint: bool = True,
+        near: Iterable[Checkpoint] = (),
     ) -> None:
-        """Know what `state` has computed of `tokens`, its own; with a checkpoint also its raw state. The state
-        goes on as before."""
+        """Know what `state` has computed of `tokens`, its own; with a checkpoint also its raw state. near: of the
+        same sequence, from `keep_near`; they are the cache's again. The state goes on as before."""
         if state.behind or not state.length:
+            assert not near, "they were kept by a state that had computed"
             return
         known = as_tokens(tokens[: state.length])
         node, _ = self.tree.insert(known, state.pages, namespace)
+        found = Match(node, state.length)
+        for loose in near:
+            self._mark(found, loose)
         mark: Checkpoint | None = node.marks.get(state.length)
-        if not checkpoint or (mark is not None and not mark.dropped) or not self._pools.sizes.checkpoints:
+        if not checkpoint or (mark is not None and not mark.dropped):
             return
-        before = max((checkpoint.cut for checkpoint in self._marks(Match(node, state.length))), default=0)
-        start = replay_start(self._pools.config, state.length)
-        saves = min(state.length - before, round(replay_work(self._pools.config, start, state.length)))
-        if not self.checkpoints.free:
-            self.checkpoints.drop(self.checkpoints.least())
-        node.marks[state.length] = self.checkpoints.save(state, saves)
+        saved = self.checkpoints.save(state, self._saves(found, state.length))
+        if saved is not None:
+            node.marks[state.length] = saved
+
+    def keep_near(self, state: SequenceState) -> Checkpoint | None:
+        """Its raw state as it is now, for histories that will part from this one soon behind it. The caller's,
+        until it is given to `keep` or to `forget`."""
+        saved = None if state.behind else self.checkpoints.save(state, 0, near=True)
+        if saved is not None:
+            self._loose.add(saved)
+        return saved
+
+    def forget(self, loose: Checkpoint) -> None:
+        """Give back what `keep_near` has kept."""
+        self._loose.discard(loose)
+        self._forget(loose)
+
+    def _mark(self, found: Match, loose: Checkpoint) -> None:
+        """Put it where it belongs on the path of a match, unless there is one already."""
+        node = next(node for node in found.node.path() if loose.cut <= node.end)
+        mark: Checkpoint | None = node.marks.get(loose.cut)
+        if loose.dropped or (mark is not None and not mark.dropped):
+            self.forget(loose)
+            return
+        loose.saves = self._saves(found, loose.cut)
+        node.marks[loose.cut] = loose
+        self._loose.discard(loose)
+
+    def _saves(self, found: Match, cut: int) -> int:
+        """Tokens to compute if there is no checkpoint at the cut."""
+        before = max((mark.cut for mark in self._marks(found) if mark.cut < cut and not mark.near), default=0)
+        start = replay_start(self._pools.config, cut)
+        return min(cut - before, round(replay_work(self._pools.config, start, cut)))
 
     def _marks(self, found: Match) -> list[Checkpoint]:
         """The checkpoints at cuts of a match."""
@@ -139,14 +179,15 @@ class PrefixCache:
         """Let go of everything."""
         while self.tree.drop_oldest():
             pass
-        assert not self.checkpoints.held, "a checkpoint is a mark of the tree"
+        assert self._loose.issuperset(self.checkpoints.held), "a checkpoint is a mark of the tree"
 
     def check(self) -> None:
         """Invariants; raises AssertionError."""
         self.tree.check()
         self.checkpoints.check()
-        marks = {id(mark) for node in self.tree.nodes() for mark in node.marks.values() if not mark.dropped}
-        assert marks == {id(checkpoint) for checkpoint in self.checkpoints.held}
+        marks = {mark for node in self.tree.nodes() for mark in node.marks.values() if not mark.dropped}
+        loose = {checkpoint for checkpoint in self._loose if not checkpoint.dropped}
+        assert not marks & loose and marks | loose == set(self.checkpoints.held)
 
 
 def replay_work(config: ModelConfig, start: int, cut: int) -> float:

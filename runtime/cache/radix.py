@@ -27,6 +27,8 @@ ChainKind = Literal["c4", "c128"]
 CHAIN_KINDS: tuple[ChainKind, ...] = ("c4", "c128")
 # Of a longer end only this much is let go at a time.
 _PIECE = 4096
+# A node remembers this many of the ways on from it that were let go, the last ones.
+_REMEMBERED = 64
 
 
 def as_tokens(tokens: Sequence[int]) -> Tokens:
@@ -35,9 +37,9 @@ def as_tokens(tokens: Sequence[int]) -> Tokens:
 
 class Node:
     """Tokens start .. end of the sequences below it. pages: by kind, logical number -> page. marks: what others
-    keep at cuts, start < cut <= end; it goes where the cut goes."""
+    keep at cuts, start < cut <= end; it goes where the cut goes. gone: first tokens of children let go."""
 
-    __slots__ = ("children", "label", "marks", "pages", "parent", "start", "used")
+    __slots__ = ("children", "gone", "label", "marks", "pages", "parent", "start", "used")
 
     def __init__(self, label: Tokens, start: int, parent: Node | None) -> None:
         self.label = label
@@ -46,6 +48,7 @@ class Node:
         self.children: dict[int, Node] = {}
         self.pages: dict[ChainKind, dict[int, int]] = {kind: {} for kind in CHAIN_KINDS}
         self.marks: dict[int, Any] = {}
+        self.gone: dict[int, None] = {}
         self.used = 0
 
     @property
@@ -124,6 +127,11 @@ class RadixTree:
             out[kind] = {number: own[number] for number in numbers}
         return out
 
+    def was_let_go(self, found: Match, tokens: Tokens) -> bool:
+        """Whether more of `tokens` than the match was known once; of old times it remembers little."""
+        node, length = found
+        return length == node.end and length < len(tokens) and int(tokens[length]) in node.gone
+
     # -- growing ----------------------------------------------------------------------------------------
 
     def insert(
@@ -141,6 +149,7 @@ class RadixTree:
                 numbers = self._numbers(kind, length, len(tokens))
                 leaf.pages[kind] = {n: self._hold(kind, pages[kind][n]) for n in numbers}
             node.children[int(tokens[length])] = leaf
+            node.gone.pop(int(tokens[length]), None)
             self.tokens += len(leaf.label)
             node = leaf
         self._touch(node)
@@ -222,7 +231,11 @@ class RadixTree:
             self._split(node, node.end - _PIECE)
         parent = node.parent
         assert parent is not None
-        del parent.children[int(node.label[0])]
+        first = int(node.label[0])
+        del parent.children[first]
+        parent.gone[first] = None
+        if len(parent.gone) > _REMEMBERED:
+            del parent.gone[next(iter(parent.gone))]
         node.parent = None
         self.tokens -= len(node.label)
         for mark in node.marks.values():
@@ -253,6 +266,7 @@ class RadixTree:
             assert parent.children[int(node.label[0])] is node and node.start == parent.end
             assert node.used <= parent.used or parent.parent is None
             assert all(node.start < cut <= node.end for cut in node.marks)
+            assert not node.gone.keys() & node.children.keys()
             total += len(node.label)
             for kind in CHAIN_KINDS:
                 assert set(node.pages[kind]) == set(self._numbers(kind, node.start, node.end))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from weft.runtime.cache.checkpoints import Checkpoint
 from weft.runtime.cache.pools import Pools
 from weft.runtime.cache.prefix import PrefixCache
 from weft.runtime.cache.sequence import SequenceState
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 # In a long prefill raw state is kept at this many tokens, and each time the number has doubled.
 _FIRST_POINT = 512
+# For near misses it is kept at multiples of this many tokens, the last two before what is computed ends. In a
+# prefill that takes a step of its own, so only where so much is at stake.
+_NEAR, _NEAR_WORTH = 16, 256
 
 
 class Sequence:
@@ -29,6 +33,7 @@ class Sequence:
         self.cuts = set(cuts)
         self.pinned = 0.0  # until then, its KV goes after that of others
         self.state: SequenceState | None = None
+        self.near: list[Checkpoint] = []  # kept on the way, not known to others yet
         self.calls: list[Call] = []
 
     @property
@@ -49,7 +54,11 @@ class Sequence:
 
     def next_cut(self) -> int:
         """Tokens until the next length at which state is to be kept; none is while it is brought back."""
-        return min(cut for cut in (*self.cuts, _point(self.fixed + 1)) if cut > self.fixed) - self.computed
+        near = (len(self.tokens) - _NEAR) // _NEAR * _NEAR
+        cuts = [*self.cuts, _point(self.fixed + 1)]
+        if near - self.fixed >= _NEAR_WORTH:
+            cuts.append(near)
+        return min(cut for cut in cuts if cut > self.fixed) - self.computed
 
     def append(self, tokens: list[int], cuts: Iterable[int]) -> None:
         """cuts: within the tokens."""
@@ -103,13 +112,20 @@ class Memory:
         """Know what the sequence has computed; with a checkpoint, histories that continue it need compute nothing
         of it."""
         if sequence.state is not None:
-            self.prefix.keep(sequence.tokens, sequence.state, sequence.namespace, checkpoint=checkpoint)
+            near, sequence.near = sequence.near, []
+            own = sequence.tokens, sequence.state, sequence.namespace
+            self.prefix.keep(*own, checkpoint=checkpoint, near=near)
 
     def passed(self, sequence: Sequence) -> None:
         """Tokens of it were computed: keep the state if this is a place for it."""
         length = sequence.computed
         if length in sequence.cuts or length == _point(length):
             self.keep(sequence)
+        elif length % _NEAR == 0 and len(sequence.tokens) - length < 2 * _NEAR:
+            kept = self.prefix.keep_near(sequence.held)
+            sequence.near += [kept] if kept is not None else []
+            if len(sequence.near) > 2:
+                self.prefix.forget(sequence.near.pop(0))
 
     def let_go(self, sequence: Sequence, *, checkpoint: bool) -> None:
         """Give back its state; what is known of it stays as long as nobody needs the room."""

@@ -91,7 +91,7 @@ def test_replays_at_every_cut_beyond_the_bound(window: int, by: int) -> None:
 # -- together with others ------------------------------------------------------------------------------------
 
 FACTORS = {
-    "way": ("checkpoint", "replay", "forked", "evicted", "preempted"),
+    "way": ("checkpoint", "replay", "forked", "evicted", "preempted", "near miss"),
     "chunk": (1, 3, 7, 64, 300),
     "batch": (1, 2, 5, 16, 32),
     "page": (1, 5, 16, 64),
@@ -106,11 +106,10 @@ TAILS = [[], *(random.Random(i).choices(range(3, 64), k=count) for i, count in e
 def test_whoever_goes_on_together(case: dict[str, Any]) -> None:
     model, count = model_of(case["window"], *RATIOS), case["batch"]
     prompt = tokens_of(512 + case["residue"])
-    sizes = PoolSizes(8192, count + 1, 1024, 4096, case["page"], checkpoints=count + 1)
+    sizes = PoolSizes(8192, count + 1, 1024, 4096, case["page"], checkpoints=count + 4)
     pools = Pools(model.config, sizes)
     prefix = PrefixCache(pools)
     first = SequenceState(pools)
-    step(model, [(first, prompt)])
     histories = [prompt + TAILS[i % len(TAILS)] for i in range(count)]
     states = began(case["way"], prefix, first, histories, model)
     assert len({state.slot for state in states}) == count
@@ -132,8 +131,19 @@ def test_whoever_goes_on_together(case: dict[str, Any]) -> None:
 def began(
     way: str, prefix: PrefixCache, first: SequenceState, histories: list[list[int]], model: Model
 ) -> list[SequenceState]:
-    """States of the histories, begun in this way behind what `first` has computed; it is closed."""
+    """States of the histories, begun in this way behind what `first` has computed of them; it is closed."""
     prompt = histories[0]
+    if way == "near miss":  # it has parted from them before the end, and a state of shortly before that was kept
+        step(model, [(first, prompt[:-9])])
+        near = [loose for loose in [prefix.keep_near(first)] if loose is not None]
+        other = prompt + TAILS[1] * 5
+        step(model, [(first, other[first.length :])])
+        prefix.keep(other, first, near=near)
+        first.close()
+        plans = [prefix.plan(history) for history in histories]
+        assert {(plan.way, plan.start) for plan in plans} == {("checkpoint", len(prompt) - 9)}
+        return [prefix.resume(history)[0] for history in histories]
+    step(model, [(first, prompt)])
     if way == "forked":
         states = [first.fork() for _ in histories]
         first.close()

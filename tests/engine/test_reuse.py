@@ -141,6 +141,58 @@ def test_histories_that_come_together_compute_their_common_part_once() -> None:
     assert sum(gate.steps) == 200 + 5 * (30 + 3)
 
 
+@pytest.mark.parametrize("before", [1, 7, 16])
+def test_a_history_that_parts_shortly_before_goes_on_from_there(before: int) -> None:
+    """A prompt whose last tokens are others, and an answer of which the end was trimmed: 31 tokens at most are
+    computed again, not 400."""
+    long = SamplingParams(max_tokens=60, seed=3, ignore_eos=True)
+
+    async def work(engine: Engine) -> None:
+        with engine.open(prompt) as sequence:
+            answer = (await sequence.complete(long)).tokens
+        for known in (prompt, [*prompt, *answer[:-1]]):
+            usage = await run(engine, [*known[:-before], 5, 6, 7])
+            assert usage.matched == len(known) - before and usage.matched - usage.cached < 32 - before
+            assert usage.computed == usage.history - usage.cached + 3
+
+    prompt = some_tokens(400)
+    with running() as engine:
+        finish(work(engine))
+
+
+def test_near_misses_take_a_quarter_of_the_places_at_most() -> None:
+    """And what others keep for them stays when there is no other place."""
+
+    async def work(engine: Engine) -> None:
+        for seed in range(6):
+            await run(engine, some_tokens(400, seed))
+            memory = core_of(engine).memory
+            kinds = [kept.near for kept in memory.prefix.checkpoints.held]
+            assert sum(kinds) <= 2 and len(kinds) <= 8
+        assert sum(kinds) == 2 and len(kinds) == 8
+
+    with running(checkpoints=8) as engine:
+        finish(work(engine))
+
+
+def test_a_history_that_was_let_go_is_not_one_that_never_was() -> None:
+    first, second = some_tokens(300, 1), some_tokens(300, 2)
+
+    async def work(engine: Engine) -> list[str]:
+        reasons = []
+        for prompt in (first, second, first, [*first[:150], 9, 9]):
+            with engine.open(prompt) as sequence:
+                reasons.append((await sequence.complete(PARAMS)).usage.reason)
+        engine.flush()
+        reasons.append((await engine.explain(first)).reason)
+        reasons.append((await engine.explain(first, namespace="b")).reason)
+        return reasons
+
+    with running(tokens=320, slots=1, context=320, page=4) as engine:
+        reasons = finish(work(engine))
+    assert reasons == ["no_tokens", "no_tokens", "chain_evicted", "no_checkpoint", "chain_evicted", "no_tokens"]
+
+
 def test_one_that_gave_way_goes_on_from_its_state() -> None:
     """Memory for one sequence of two; the younger loses its slot, not what it has computed."""
 
