@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from weft.runtime.engine.sequences import Sequence
 
 
+_MORE = 8  # tokens that an output longer than usual is still expected to have
+
+
 class Call:
     """One call on one sequence."""
 
@@ -73,6 +76,10 @@ class Call:
     def final_length(self) -> int:
         """Tokens the history will have at most when the call ends."""
         return len(self.sequence.tokens)
+
+    def expected_length(self, usual: int) -> int:
+        """Tokens the history is likely to have then, if outputs are about `usual` tokens long."""
+        return self.final_length()
 
     def known_limit(self) -> int:
         """How much of the history may be taken from what is known: the call needs the streams behind it."""
@@ -190,11 +197,14 @@ class GenerateCall(Call):
                     raise RequestError(field, token, f"the tokenizer defines {tokenizer.size} ids")
 
     @property
-    def has_drawn(self) -> bool:
-        return bool(self._tokens)
+    def drawn_count(self) -> int:
+        return len(self._tokens)
 
     def final_length(self) -> int:
         return len(self.sequence.tokens) + self.params.max_tokens - len(self._tokens)
+
+    def expected_length(self, usual: int) -> int:
+        return min(self.final_length(), len(self.sequence.tokens) + max(usual - len(self._tokens), _MORE))
 
     def draw(self) -> Draw:
         """How to sample the next token; before `min_tokens`, the tokens that would end the output are blocked."""

@@ -243,7 +243,7 @@ class Core:
         if not live:
             return
         for call in live:
-            if not call.has_drawn:  # where its prompt ends, others may begin
+            if not call.drawn_count:  # where its prompt ends, others may begin
                 self.memory.keep(call.sequence)
         slots = [call.sequence.held.slot for call in live]
         logits = self.model.logits(self.pools.streams[torch.tensor(slots)])
@@ -261,6 +261,7 @@ class Core:
         event = call.flush()
         if event is not None:
             self.emit(event)
+        self.scheduler.usual.add(call.drawn_count)
         self._finish(call)
         return True
 

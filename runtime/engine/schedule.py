@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from weft.runtime.cache.radix import as_tokens, common_prefix
+from weft.runtime.engine.admission import Admission, Usual
 from weft.runtime.engine.calls import Call, ForkCall
 from weft.runtime.engine.sequences import Memory, Sequence
 
@@ -29,14 +30,22 @@ class Scheduler:
     def __init__(self, memory: Memory, chunk: int) -> None:
         self._memory = memory
         self._chunk = chunk
+        self.usual = Usual()
+        self.preempted = 0  # calls that gave way so far
 
     def begin(self, active: list[Call]) -> None:
-        """Give states to calls that have none. While an older fork waits for slots, none goes to a younger call;
-        while another call computes the beginning of a history, the history waits for it."""
+        """Give states to calls that have none and fit. While an older fork waits for slots, none goes to a younger
+        call; while another call computes the beginning of a history, the history waits for it."""
         blocked = min((call.id for call in active if not call.left), default=sys.maxsize)
         waiting = [call for call in active if call.sequence.state is None and call.left]
+        if not waiting or not self._memory.pools.free_slots:
+            return
+        running = [call for call in active if call.sequence.state is not None]
+        room = Admission(self._memory, running, self.usual)
         for call in self._in_order([call for call in waiting if call.id < blocked]):
-            if not self._shares(call, active) and not self._memory.begin(call):
+            if self._shares(call, active):
+                continue
+            if not room.admits(call) or not self._memory.begin(call):
                 return
 
     def _in_order(self, waiting: list[Call]) -> list[Call]:
@@ -110,6 +119,7 @@ class Scheduler:
             # States that had just begun are gone again, and may have held what the oldest call needs.
             return active[:1] if len(active) > 1 else None
         self._memory.let_go(chosen, checkpoint=True)
+        self.preempted += bool(chosen.calls)
         return active[: active.index(chosen.calls[0])] if chosen.calls else active
 
 

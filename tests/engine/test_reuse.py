@@ -12,7 +12,7 @@ from weft.runtime.cache.base import replay_start
 from weft.runtime.decoding.params import SamplingParams
 from weft.runtime.engine import messages as m
 from weft.runtime.engine.front import Engine
-from weft.runtime.errors import RequestError
+from weft.runtime.errors import RequestError, WeftError
 from weft.runtime.text.tokens import ASSISTANT, THINK_END, THINK_START, USER
 from weft.runtime.text.turns import turn_cuts
 
@@ -193,6 +193,28 @@ def test_a_history_that_was_let_go_is_not_one_that_never_was() -> None:
     assert reasons == ["no_tokens", "no_tokens", "chain_evicted", "no_checkpoint", "chain_evicted", "no_tokens"]
 
 
+@pytest.mark.parametrize("shared", [0, 200])
+def test_no_more_begin_than_will_fit(shared: int) -> None:
+    """Memory for three of eight that share nothing, and for all that share most of it: nobody gives way."""
+    long = SamplingParams(max_tokens=60, seed=1, ignore_eos=True)
+    gate, most = Gate(), 0
+
+    async def work(engine: Engine) -> None:
+        prompts = [[*some_tokens(shared), *some_tokens(240 - shared, 1 + seed)] for seed in range(8)]
+        calls = [asyncio.ensure_future(run(engine, prompt, long)) for prompt in prompts]
+        while not all(call.done() for call in calls):
+            await asyncio.sleep(0.001)
+            nonlocal most
+            held = list(core_of(engine).sequences.values())
+            most = max(most, sum(bool(sequence.state and sequence.calls) for sequence in held))
+        assert sum(call.result().computed for call in calls) == 8 * 299 - 7 * shared
+        assert core_of(engine).scheduler.preempted == 0
+
+    with running(gate, tokens=1000, slots=8, context=400, page=1) as engine:
+        finish(work(engine))
+    assert most == (8 if shared else 3)
+
+
 def test_one_that_gave_way_goes_on_from_its_state() -> None:
     """Memory for one sequence of two; the younger loses its slot, not what it has computed."""
 
@@ -235,6 +257,40 @@ def test_namespaces_share_and_reveal_nothing() -> None:
 
     with running() as engine:
         finish(work(engine))
+
+
+def test_what_is_refused_reveals_nothing_of_other_namespaces() -> None:
+    """The same wrong requests get the same answers, with and without a neighbour that has the same tokens."""
+    prompt = some_tokens(150)
+
+    async def refused(engine: Engine) -> list[str]:
+        answers = []
+        with engine.open(prompt, namespace="b") as sequence:
+            for ask in (
+                sequence.complete(SamplingParams(max_tokens=4000)),
+                sequence.complete(SamplingParams(stop_token_ids=(1 << 30,))),
+                sequence.append_scored(some_tokens(4000)),
+                sequence.truncate(1 << 20),
+                engine.explain([-1], namespace="b"),
+            ):
+                with pytest.raises(WeftError) as caught:
+                    await ask
+                answers.append(f"{type(caught.value).__name__} {caught.value}")
+            with pytest.raises(WeftError) as caught:
+                await sequence.complete(SamplingParams(max_tokens=40), deadline=1e-9)
+            answers.append(str(caught.value))
+        return answers
+
+    async def beside(engine: Engine) -> list[str]:
+        with engine.open(prompt, namespace="a") as neighbour:
+            await neighbour.complete(PARAMS)
+            return await refused(engine)
+
+    with running() as engine:
+        alone = finish(refused(engine))
+    with running() as engine:
+        assert finish(beside(engine)) == alone
+    assert len(set(alone)) == 5
 
 
 def test_explain_says_what_would_happen_and_changes_nothing() -> None:
@@ -288,6 +344,22 @@ def test_a_pinned_sequence_gives_its_kv_last(seconds: float, kept: int) -> None:
 
     with running(slots=2) as engine:
         assert finish(work(engine)) == [i == kept for i in range(2)]
+
+
+def test_a_pin_is_a_lease_that_pressure_reclaims() -> None:
+    """There is one slot, and it is pinned; who was pinned goes on, from the state that was kept."""
+
+    async def work(engine: Engine) -> None:
+        with engine.open(some_tokens(80, 1)) as waiting:
+            await waiting.complete(PARAMS)
+            waiting.pin(60)
+            await run(engine, some_tokens(80, 5))
+            waiting.extend([7])
+            usage = (await waiting.complete(PARAMS)).usage
+        assert (usage.cached, usage.computed) == (83, 2 + 3)
+
+    with running(slots=1) as engine:
+        finish(work(engine))
 
 
 @pytest.mark.parametrize("seconds", [-1, float("inf"), float("nan"), "60"])

@@ -177,20 +177,21 @@ def link_of(engine: Engine) -> ThreadLink:
 
 
 def core_of(engine: Engine) -> Core:
-    """Owned by another thread: for looking at only."""
+    """Owned by another thread: for looking at only. While it is replaced there is none."""
     return link_of(engine).core
 
 
 def is_idle(engine: Engine) -> bool:
     """No call, no sequence, and no message that could make one."""
+    if not hasattr(link_of(engine), "core"):
+        return False
     core = core_of(engine)
     return not core.calls and not core.sequences and link_of(engine).inbox.empty() and not engine._calls
 
 
 def is_empty(engine: Engine) -> bool:
     """Idle, and what is still held is the prefix cache's."""
-    core = core_of(engine)
-    return is_idle(engine) and free(core.pools, core.memory.prefix)
+    return is_idle(engine) and free(core_of(engine).pools, core_of(engine).memory.prefix)
 
 
 def kept(prefix: PrefixCache) -> dict[PageKind, Counter[int]]:
