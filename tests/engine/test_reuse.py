@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from support.engine import Gate, byte_tokenizer, core_of, drawn_again, finish, running, some_tokens
+from support.engine import FOUR, Gate, byte_tokenizer, core_of, finish, running, some_tokens, verified
 from weft.runtime.cache.base import replay_start
 from weft.runtime.decoding.params import SamplingParams
 from weft.runtime.engine import messages as m
@@ -16,23 +16,14 @@ from weft.runtime.errors import RequestError, WeftError
 from weft.runtime.text.tokens import ASSISTANT, THINK_END, THINK_START, USER
 from weft.runtime.text.turns import turn_cuts
 
-PARAMS = SamplingParams(max_tokens=4, seed=3, ignore_eos=True)
 ROOMY = {"tokens": 16384, "context": 8192}
-
-
-async def run(engine: Engine, prompt: list[int], params: SamplingParams = PARAMS, **options: Any) -> m.Usage:
-    """Usage of one generation, which draws what a cold run alone would."""
-    with engine.open(prompt, **options) as sequence:
-        output = await sequence.complete(params)
-    assert output.tokens == drawn_again(prompt, output.tokens, params)
-    return output.usage
 
 
 def test_a_history_that_is_known_is_not_computed() -> None:
     prompt = some_tokens(300)
     gate = Gate()
     with running(gate) as engine:
-        cold, again = finish(run(engine, prompt)), finish(run(engine, prompt))
+        cold, again = finish(verified(engine, prompt)), finish(verified(engine, prompt))
     assert (cold.cached, cold.matched, cold.computed, cold.reason) == (0, 0, 303, "no_tokens")
     assert (again.cached, again.matched, again.replayed, again.computed) == (300, 300, 0, 3)
     assert again.reason == "" and again.copied > 0
@@ -44,8 +35,8 @@ def test_an_output_is_known_as_far_as_it_was_computed() -> None:
 
     async def work(engine: Engine) -> m.Usage:
         with engine.open(prompt) as sequence:
-            output = await sequence.complete(PARAMS)
-        return await run(engine, [*prompt, *output.tokens, 7, 8])
+            output = await sequence.complete(FOUR)
+        return await verified(engine, [*prompt, *output.tokens, 7, 8])
 
     prompt = some_tokens(90)
     with running() as engine:
@@ -59,8 +50,8 @@ def test_histories_that_part_share_what_is_before(cut: int) -> None:
     first = some_tokens(300)
     second = [*first[:cut], *some_tokens(60, seed=9)]
     with running() as engine:
-        finish(run(engine, first))
-        usage = finish(run(engine, second))
+        finish(verified(engine, first))
+        usage = finish(verified(engine, second))
         start = replay_start(engine.model_config, cut)
     assert (usage.matched, usage.cached, usage.replayed) == (cut, start, cut - start)
     assert usage.computed == cut - start + 60 + 3 and usage.reason == "no_checkpoint"
@@ -72,7 +63,7 @@ def test_state_is_kept_where_it_was_said_that_histories_may_part(how: str) -> No
 
     async def work(engine: Engine) -> m.Usage:
         if how == "opened":
-            await run(engine, first, cuts=[131, 200])
+            await verified(engine, first, cuts=[131, 200])
         else:
             with engine.open(first[:100]) as sequence:
                 calls = []
@@ -80,9 +71,9 @@ def test_state_is_kept_where_it_was_said_that_histories_may_part(how: str) -> No
                     calls.append(asyncio.ensure_future(sequence.complete(SamplingParams(max_tokens=0))))
                     await asyncio.sleep(0)
                 sequence.extend(first[100:], cuts=[31, 100])
-                await sequence.complete(PARAMS)
+                await sequence.complete(FOUR)
                 await asyncio.gather(*calls)
-        return await run(engine, [*first[:131], *some_tokens(60, seed=9)])
+        return await verified(engine, [*first[:131], *some_tokens(60, seed=9)])
 
     with running() as engine:
         usage = finish(work(engine))
@@ -101,8 +92,8 @@ def test_cuts_outside_a_history_are_refused(cuts: list[Any]) -> None:
 def test_long_prefills_keep_state_on_their_way() -> None:
     first = some_tokens(1500)
     with running(**ROOMY) as engine:
-        finish(run(engine, first))
-        usage = finish(run(engine, [*first[:1100], *some_tokens(5, seed=9)]))
+        finish(verified(engine, first))
+        usage = finish(verified(engine, [*first[:1100], *some_tokens(5, seed=9)]))
     assert (usage.matched, usage.cached) == (1100, 1024) and usage.computed == 76 + 5 + 3
 
 
@@ -119,7 +110,7 @@ def test_a_fork_of_sixteen_computes_a_long_prefix_once() -> None:
         assert {(o.usage.cached, o.usage.computed) for o in outputs} == {(4096, 1)}
         for child in children:
             child.close()
-        assert (await run(engine, prompt)).cached == 4096
+        assert (await verified(engine, prompt)).cached == 4096
 
     with running(gate, **ROOMY) as engine:
         finish(work(engine))
@@ -133,7 +124,7 @@ def test_histories_that_come_together_compute_their_common_part_once() -> None:
     gate = Gate()
 
     async def work(engine: Engine) -> list[m.Usage]:
-        return list(await asyncio.gather(*(run(engine, prompt) for prompt in prompts)))
+        return list(await asyncio.gather(*(verified(engine, prompt) for prompt in prompts)))
 
     with running(gate) as engine:
         usages = finish(work(engine))
@@ -151,7 +142,7 @@ def test_a_history_that_parts_shortly_before_goes_on_from_there(before: int) -> 
         with engine.open(prompt) as sequence:
             answer = (await sequence.complete(long)).tokens
         for known in (prompt, [*prompt, *answer[:-1]]):
-            usage = await run(engine, [*known[:-before], 5, 6, 7])
+            usage = await verified(engine, [*known[:-before], 5, 6, 7])
             assert usage.matched == len(known) - before and usage.matched - usage.cached < 32 - before
             assert usage.computed == usage.history - usage.cached + 3
 
@@ -165,7 +156,7 @@ def test_near_misses_take_a_quarter_of_the_places_at_most() -> None:
 
     async def work(engine: Engine) -> None:
         for seed in range(6):
-            await run(engine, some_tokens(400, seed))
+            await verified(engine, some_tokens(400, seed))
             memory = core_of(engine).memory
             kinds = [kept.near for kept in memory.prefix.checkpoints.held]
             assert sum(kinds) <= 2 and len(kinds) <= 8
@@ -182,7 +173,7 @@ def test_a_history_that_was_let_go_is_not_one_that_never_was() -> None:
         reasons = []
         for prompt in (first, second, first, [*first[:150], 9, 9]):
             with engine.open(prompt) as sequence:
-                reasons.append((await sequence.complete(PARAMS)).usage.reason)
+                reasons.append((await sequence.complete(FOUR)).usage.reason)
         engine.flush()
         reasons.append((await engine.explain(first)).reason)
         reasons.append((await engine.explain(first, namespace="b")).reason)
@@ -193,46 +184,12 @@ def test_a_history_that_was_let_go_is_not_one_that_never_was() -> None:
     assert reasons == ["no_tokens", "no_tokens", "chain_evicted", "no_checkpoint", "chain_evicted", "no_tokens"]
 
 
-@pytest.mark.parametrize("shared", [0, 200])
-def test_no_more_begin_than_will_fit(shared: int) -> None:
-    """Memory for three of eight that share nothing, and for all that share most of it: nobody gives way."""
-    long = SamplingParams(max_tokens=60, seed=1, ignore_eos=True)
-    gate, most = Gate(), 0
-
-    async def work(engine: Engine) -> None:
-        prompts = [[*some_tokens(shared), *some_tokens(240 - shared, 1 + seed)] for seed in range(8)]
-        calls = [asyncio.ensure_future(run(engine, prompt, long)) for prompt in prompts]
-        while not all(call.done() for call in calls):
-            await asyncio.sleep(0.001)
-            nonlocal most
-            held = list(core_of(engine).sequences.values())
-            most = max(most, sum(bool(sequence.state and sequence.calls) for sequence in held))
-        assert sum(call.result().computed for call in calls) == 8 * 299 - 7 * shared
-        assert core_of(engine).scheduler.preempted == 0
-
-    with running(gate, tokens=1000, slots=8, context=400, page=1) as engine:
-        finish(work(engine))
-    assert most == (8 if shared else 3)
-
-
-def test_one_that_gave_way_goes_on_from_its_state() -> None:
-    """Memory for one sequence of two; the younger loses its slot, not what it has computed."""
-
-    async def work(engine: Engine) -> int:
-        long = SamplingParams(max_tokens=40, seed=1, ignore_eos=True)
-        prompts = [some_tokens(100, seed) for seed in range(3)]
-        return sum(u.computed for u in await asyncio.gather(*(run(engine, p, long) for p in prompts)))
-
-    with running(tokens=4096, slots=1) as engine:
-        assert finish(work(engine)) == 3 * 139
-
-
 def test_namespaces_share_and_reveal_nothing() -> None:
     prompt = some_tokens(300)
     other = [*prompt[:150], *some_tokens(50, seed=4)]
 
     async def work(engine: Engine) -> None:
-        await run(engine, prompt, namespace="a")
+        await verified(engine, prompt, namespace="a")
         for namespace in ("", "b"):
             told = await engine.explain(other, namespace=namespace)
             assert told == m.Explained(
@@ -244,14 +201,14 @@ def test_namespaces_share_and_reveal_nothing() -> None:
                 copied=0,
                 reason="no_tokens",
             )
-            usage = await run(engine, prompt, namespace=namespace)
+            usage = await verified(engine, prompt, namespace=namespace)
             assert (usage.matched, usage.cached, usage.replayed, usage.computed) == (0, 0, 0, 303)
         assert (await engine.explain(other, namespace="a")).matched == 150
         with engine.open(prompt, namespace="a") as parent:
             (child,) = await parent.fork()
         with child:
             child.extend([5, 6, 7])
-            await child.complete(PARAMS)
+            await child.complete(FOUR)
         assert (await engine.explain([*prompt, 5, 6, 7], namespace="a")).cached == 303
         assert (await engine.explain([*prompt, 5, 6, 7], namespace="b")).matched == 300
 
@@ -283,7 +240,7 @@ def test_what_is_refused_reveals_nothing_of_other_namespaces() -> None:
 
     async def beside(engine: Engine) -> list[str]:
         with engine.open(prompt, namespace="a") as neighbour:
-            await neighbour.complete(PARAMS)
+            await neighbour.complete(FOUR)
             return await refused(engine)
 
     with running() as engine:
@@ -298,7 +255,7 @@ def test_explain_says_what_would_happen_and_changes_nothing() -> None:
 
     async def work(engine: Engine) -> None:
         assert (await engine.explain(prompt)).way == "cold"
-        await run(engine, prompt)
+        await verified(engine, prompt)
         whole = await engine.explain(prompt)
         assert (whole.way, whole.cached, whole.computed, whole.reason, whole.differs) == (
             "checkpoint",
@@ -314,7 +271,7 @@ def test_explain_says_what_would_happen_and_changes_nothing() -> None:
         assert (told.way, told.matched, told.differs, told.others) == ("replay", 250, wrong, [prompt[250]])
         assert (told.cached, told.replayed, told.reason) == (250 - told.replayed, told.replayed, "no_checkpoint")
         assert await engine.explain(other) == told
-        usage = await run(engine, other)
+        usage = await verified(engine, other)
         assert (usage.matched, usage.cached, usage.replayed) == (told.matched, told.cached, told.replayed)
         assert usage.computed == told.computed + 3
         # Now two ways lead on from there.
@@ -326,82 +283,19 @@ def test_explain_says_what_would_happen_and_changes_nothing() -> None:
         finish(work(engine))
 
 
-@pytest.mark.parametrize(("seconds", "kept"), [(60, 0), (0, 1)])
-def test_a_pinned_sequence_gives_its_kv_last(seconds: float, kept: int) -> None:
-    """Two wait for their tools while a third takes a slot: from the older one, was it not pinned."""
-
-    async def work(engine: Engine) -> list[bool]:
-        waiting = [engine.open(some_tokens(80, seed)) for seed in range(2)]
-        for sequence in waiting:
-            await sequence.complete(PARAMS)
-        waiting[0].pin(60)
-        waiting[0].pin(seconds)
-        await run(engine, some_tokens(80, 5))
-        held = [sequence.state is not None for sequence in core_of(engine).sequences.values()]
-        for sequence in waiting:
-            sequence.close()
-        return held
-
-    with running(slots=2) as engine:
-        assert finish(work(engine)) == [i == kept for i in range(2)]
-
-
-def test_a_pin_is_a_lease_that_pressure_reclaims() -> None:
-    """There is one slot, and it is pinned; who was pinned goes on, from the state that was kept."""
-
-    async def work(engine: Engine) -> None:
-        with engine.open(some_tokens(80, 1)) as waiting:
-            await waiting.complete(PARAMS)
-            waiting.pin(60)
-            await run(engine, some_tokens(80, 5))
-            waiting.extend([7])
-            usage = (await waiting.complete(PARAMS)).usage
-        assert (usage.cached, usage.computed) == (83, 2 + 3)
-
-    with running(slots=1) as engine:
-        finish(work(engine))
-
-
-@pytest.mark.parametrize("seconds", [-1, float("inf"), float("nan"), "60"])
-def test_a_pin_is_for_some_seconds(seconds: Any) -> None:
-    with running() as engine, engine.open([]) as sequence, pytest.raises(RequestError, match="seconds"):
-        sequence.pin(seconds)
-
-
 def test_flush_forgets_what_is_not_open() -> None:
     prompt = some_tokens(100)
 
     async def work(engine: Engine) -> None:
         with engine.open(prompt) as sequence:
-            await sequence.complete(PARAMS)
+            await sequence.complete(FOUR)
             engine.flush()
             assert (await engine.explain(prompt)).matched == 0
-            assert (await sequence.complete(PARAMS)).usage.cached == 103
-        assert (await run(engine, prompt)).matched == 100  # the chain of the open one was kept when it ended
+            assert (await sequence.complete(FOUR)).usage.cached == 103
+        assert (await verified(engine, prompt)).matched == 100  # the chain of the open one was kept when it ended
 
     with running() as engine:
         finish(work(engine))
-
-
-@pytest.mark.parametrize("checkpoints", [0, 3])
-def test_500_greedy_steps_in_little_memory(checkpoints: int) -> None:
-    """Turns of two agents in turn, each evicting what the other has, equal one cold greedy run of each."""
-    greedy = SamplingParams(max_tokens=25, temperature=0, ignore_eos=True)
-
-    async def agent(engine: Engine, seed: int) -> None:
-        history, drawn = some_tokens(40, seed), 0
-        while drawn < 500:
-            output = await engine.generate(history, greedy)
-            assert output.tokens == drawn_again(history, output.tokens, greedy)
-            history += output.tokens
-            drawn += len(output.tokens)
-
-    async def work(engine: Engine) -> None:
-        await asyncio.gather(agent(engine, 1), agent(engine, 2))
-
-    with running(tokens=576, slots=2, context=576, page=4, checkpoints=checkpoints) as engine:
-        finish(work(engine))
-        assert core_of(engine).memory.prefix.tree.tokens < 1000  # or nothing was ever evicted
 
 
 def test_the_borders_of_turns_are_where_histories_part() -> None:

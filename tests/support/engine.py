@@ -27,6 +27,7 @@ from weft.runtime.checkpoint.dummy import dummy_weights
 from weft.runtime.config import ModelConfig, preset
 from weft.runtime.decoding.params import SamplingParams
 from weft.runtime.decoding.sampler import Draw, sample
+from weft.runtime.engine import messages as m
 from weft.runtime.engine.config import CoreLimits, EngineConfig
 from weft.runtime.engine.core import Core
 from weft.runtime.engine.front import Engine
@@ -104,6 +105,17 @@ def drawn_again(prompt: Sequence[int], output: Sequence[int], params: SamplingPa
         draws.append(Draw(params, params.seed or 0, len(history), blocked, dict(counts), history))
         counts[token] = counts.get(token, 0) + 1
     return sample(logits, draws)
+
+
+FOUR = SamplingParams(max_tokens=4, seed=3, ignore_eos=True)
+
+
+async def verified(engine: Engine, prompt: list[int], params: SamplingParams = FOUR, **options: Any) -> m.Usage:
+    """Usage of one generation, which draws what a cold run alone would."""
+    with engine.open(prompt, **options) as sequence:
+        output = await sequence.complete(params)
+    assert output.tokens == drawn_again(prompt, output.tokens, params)
+    return output.usage
 
 
 # -- engines -----------------------------------------------------------------------------------------
