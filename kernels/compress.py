@@ -54,11 +54,12 @@ class FoldPlan:
     opened: Index
 
 
-def fold_c128(values: Array, scores: Array, state: Array, plan: FoldPlan) -> Array:
+def fold_c128(values: Array, scores: Array, state: Array, plan: FoldPlan, behind: Array | None = None) -> Array:
     """Fold a chunk into the open groups; return the entries of the groups it completes.
 
     values, scores: [T, d]. state: [slots, 3, d] running (max, sum, weighted sum); the slots of groups still open
-    are updated in place. Returns [len(plan.closed), d] in the order of plan.closed.
+    are updated in place. behind: [T, 3, d], gets the state of its group behind each row.
+    Returns [len(plan.closed), d] in the order of plan.closed.
     """
     groups = state[plan.slot]
     groups[plan.fresh] = _FRESH
@@ -73,6 +74,8 @@ def fold_c128(values: Array, scores: Array, state: Array, plan: FoldPlan) -> Arr
         open_[:, 1:] *= decay[:, None]
         open_[:, 1] += weight
         open_[:, 2] += value
+        if behind is not None:
+            behind[rows] = open_
     if plan.opened.size:
         state[plan.slot[plan.opened]] = groups[plan.opened]
     done = groups[plan.closed]

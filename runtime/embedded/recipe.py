@@ -95,6 +95,15 @@ RECIPES = {
         ),
         minutes=34,
     ),
+    # Goes on from a trained model (`--start`), on a CPU too: for phrasings that were added since.
+    "polish": Recipe(
+        (Stage(1.0, 1024, 4, 1024, 0.1, shipped=True),),
+        minutes=60,
+        seed=1,
+        rates=Rates(muon=0.004, adam=4e-4),
+        warmup=10,
+        cooldown=1.0,
+    ),
     # Every stage, in a minute on a CPU; it learns nothing.
     "smoke": Recipe(
         (

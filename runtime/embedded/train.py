@@ -38,7 +38,8 @@ _LONG = 4096  # rows beyond it compute their attention twice, or it would not fi
 class Trainer:
     """The parameters, their optimiser and how far they are. Writes to `folder` only."""
 
-    def __init__(self, recipe: Recipe, folder: Path, workers: int) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, workers: int, start: Path | None = None) -> None:
+        """start: the `master.pt` of an earlier training, to go on from; not read again once there is a state."""
         self.recipe, self.folder, self.workers = recipe, folder, workers
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         on_gpu = self.device.type == "cuda"
@@ -55,6 +56,8 @@ class Trainer:
         state = folder / "state.pt"
         if state.exists():
             self._load(torch.load(state, map_location=self.device, weights_only=True))
+        elif start is not None:
+            self._take(torch.load(start, map_location=self.device, weights_only=True))
 
     @property
     def progress(self) -> float:
@@ -144,10 +147,13 @@ class Trainer:
 
     def _load(self, state: dict[str, Any]) -> None:
         self.step, self.seconds = state["step"], state["seconds"]
-        with torch.no_grad():
-            for name, param in self.params.items():
-                param.copy_(state["params"][name])
+        self._take(state["params"])
         self.optimizer.load(state["optimizer"])
+
+    @torch.no_grad()
+    def _take(self, params: dict[str, Tensor]) -> None:
+        for name, param in self.params.items():
+            param.copy_(params[name])
 
 
 def _compiled(function: Any) -> Any:
@@ -164,6 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--recipe", choices=RECIPES, default="gpu")
     parser.add_argument("--minutes", type=float, help="of the whole training; default: the recipe's")
+    parser.add_argument("--start", type=Path, help="master.pt of a training to go on from")
     parser.add_argument("--piece", type=float, default=1e9, help="minutes after which to stop for now")
     parser.add_argument("--workers", type=int, default=max((os.cpu_count() or 2) - 2, 1))
     parser.add_argument("--log-every", type=int, default=20)
@@ -173,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.minutes is not None:
         recipe = dataclasses.replace(recipe, minutes=args.minutes)
     args.folder.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(recipe, args.folder, args.workers)
+    trainer = Trainer(recipe, args.folder, args.workers, args.start)
     return 0 if trainer.run(60 * args.piece, args.log_every, args.check_every) else UNFINISHED
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from weft.kernels.attention import KeyList
 from weft.kernels.compress import FoldPlan
 from weft.kernels.indexer import COLUMNS, QueryBlocks, block_rows
-from weft.kernels.linear import Index
+from weft.kernels.linear import Array, Index
 from weft.runtime.cache.base import Span
 from weft.runtime.cache.capacity import C4_TAIL, PageKind
 from weft.runtime.cache.pools import Pools
@@ -45,10 +45,13 @@ class Batch:
     """Index tensors for `spans` over `pools`. Rows of all spans must be reserved; results expire when any
     page table of these sequences changes."""
 
-    def __init__(self, pools: Pools, spans: Sequence[Span]) -> None:
+    def __init__(self, pools: Pools, spans: Sequence[Span], *, drafts: bool = False) -> None:
+        """drafts: some rows may be taken back (`model.verify`); the step then notes its c128a folds in `folds`,
+        by layer among the c128a layers: [T, 3, d] behind each row."""
         assert spans and all(span.count > 0 for span in spans)
         self.pools = pools
         self.spans = spans
+        self.folds: dict[int, Array] | None = {} if drafts else None
         table: Index = np.array([(span.slot, span.start, span.count) for span in spans]).T.copy()
         self.slots: Index = table[0]
         self.starts: Index = table[1]

@@ -42,7 +42,11 @@ class C128Compressor:
         half = rows.shape[1] // 2
         values, scores = rows[:, :half], rows[:, half:]
         scores += self.ape[batch.positions % len(self.ape)]
-        entries = fold_c128(values, scores, step.pools.c128_fold.numpy()[self.index], batch.c128_fold)
+        behind = None
+        if batch.folds is not None:
+            behind = batch.folds[self.index] = np.empty((batch.tokens, 3, half), np.float32)
+        state = step.pools.c128_fold.numpy()[self.index]
+        entries = fold_c128(values, scores, state, batch.c128_fold, behind)
         if not len(entries):
             return
         entries = rotate_(rms_norm(entries, self.norm, self.config.rms_norm_eps), step.c128_entries)

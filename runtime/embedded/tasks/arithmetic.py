@@ -34,11 +34,21 @@ _STORIES = {
     "+": (
         "{x} has {a} and then gets {b} more. How many now?",
         "There are {a} here and {b} there. How many in all?",
+        "{x} has {a} and gets {b} more. How many in all?",
+        "There are {a}. Then {x} gets {b} more. How many now?",
+        "{x} gets {a} now and {b} then. How many in all?",
     ),
-    "-": ("{x} has {a} and gives {b} away. How many now?", "Of {a} there are {b} gone. How many are left?"),
+    "-": (
+        "{x} has {a} and gives {b} away. How many now?",
+        "Of {a} there are {b} gone. How many are left?",
+        "There are {a}. {x} gives {b} away. How many now?",
+        "{x} has {a} here. Then {b} are gone. How many are left?",
+    ),
     "*": (
         "{x} has {a} bags with {b} each. How many in all?",
         "There are {a} rows with {b} each. How many in all?",
+        "{x} has {a} bags here with {b} each. How many now?",
+        "There are {a} bags with {b} each. How many are there?",
     ),
 }
 _HELD_STORIES = {

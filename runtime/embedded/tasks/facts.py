@@ -29,6 +29,9 @@ QUESTIONS = (
     "Find the {a} of {x}.",
     "Please say which {a} {x} has.",
     "What {a} has {x}?",
+    "Say which {a} {x} has.",
+    "Please tell me the {a} of {x}.",
+    "I need to know which {a} {x} has.",
 )
 HELD_QUESTIONS = ("Tell me which {a} {x} has.", "Please give me the {a} of {x}.", "What {a} does {x} have?")
 _FILLER = (
@@ -45,6 +48,15 @@ _HOPS = (
     "Which {a} does the {r} of {x} have?",
     "Tell me the {a} of the {r} of {x}.",
     "Find the {r} of {x} and give the {a} of that one.",
+    "Say which {a} the {r} of {x} has.",
+    "I need to know which {a} the {r} of {x} has.",
+    "What {a} does the {r} of {x} have?",
+    "Which {a} has the {r} of {x}?",
+    "Please say what the {a} of the {r} of {x} is.",
+    "Please find the {a} of the {r} of {x}.",
+    "{a} of the {r} of {x}?",
+    "Tell me what {a} the {r} of {x} has.",
+    "Of the {r} of {x} give me the {a}.",
 )
 _HELD_HOPS = ("Please give me the {a} of the {r} of {x}.", "Tell me which {a} the {r} of {x} has.")
 _JUDGED = (
@@ -53,6 +65,10 @@ _JUDGED = (
     "I say the {a} of {x} is {v}. Is that right? yes or no",
     "Is the {a} of {x} {v}? Answer yes or no.",
     "Does {x} have the {a} {v}? yes or no",
+    "{x} has the {a} {v}. Is that right? Answer yes or no.",
+    "Is it right that {x} has {v} as the {a}? Answer yes or no.",
+    "I say for {x} the {a} is {v}. Right? yes or no",
+    "Right or not: {x} has the {a} {v}. Answer yes or no.",
 )
 _HELD_JUDGED = (
     "I say {x} has the {a} {v}. Is that right? Answer yes or no.",
@@ -63,11 +79,24 @@ _JUDGED_SUMS = (
     "I say {e}. Is that right? yes or no",
     "{e}. Right? Answer yes or no.",
     "Is it right that {e}? Answer yes or no.",
+    "Is this right: {e}? Answer yes or no.",
+    "Is that so: {e}? yes or no",
+    "Tell me if {e} is right. yes or no",
+    "{e}. Is that right? yes or no",
 )
 _HELD_JUDGED_SUMS = ("Is that right: {e}? yes or no", "I say {e}. Right? Answer yes or no.")
 _FOLLOW_UP = ("I say it is {v}. Is that right? yes or no", "Is it {v}? Answer yes or no.")
 _HELD_FOLLOW_UP = ("Is that {v}? yes or no", "I say {v}. Is that right? Answer yes or no.")
-_OPTIONS = ("{q}\n{o}\nAnswer with a letter.", "{q} Give the letter.\n{o}", "{q}\n{o}\nLetter?", "{q}\n{o}")
+_OPTIONS = (
+    "{q}\n{o}\nAnswer with a letter.",
+    "{q} Give the letter.\n{o}",
+    "{q}\n{o}\nLetter?",
+    "{q}\n{o}",
+    "{q} Answer with one letter.\n{o}",
+    "{q}\n{o}\nGive one letter.",
+    "{q}\n{o}\nTell me the letter.",
+    "{q} Which letter?\n{o}",
+)
 _HELD_OPTIONS = ("{q}\n{o}\nGive the letter.", "{q} Answer with a letter.\n{o}")
 
 _WHICH = ("Which is {v}?", "Find {v}.", "{v}?", "Tell me which is {v}.")

@@ -12,9 +12,21 @@ _COUNT = (
     "List: {l}\nCount {i}.",
     "Count how many times {i} is here: {l}",
     "Here is a list: {l}. Count {i} in it.",
+    "{l}\nCount {i}.",
+    "{l}\nHow many times is {i} in it?",
+    "Here is a list: {l}. How many times is {i} there?",
+    "{l}\nCount how many times {i} is in this list.",
 )
 _HELD_COUNT = ("Here is a list: {l}. How many times is {i} in it?", "{l}\nCount {i} in this list.")
-_COUNT_ALL = ("How many words are in this list? {l}", "Count the words: {l}", "{l}\nHow many words are there?")
+_COUNT_ALL = (
+    "How many words are in this list? {l}",
+    "Count the words: {l}",
+    "{l}\nHow many words are there?",
+    "{l}\nCount the words.",
+    "List: {l}\nHow many words?",
+    "Count all words in the list: {l}",
+    "Here is a list: {l}. How many words are in it?",
+)
 _HELD_COUNT_ALL = ("Count the words in this list: {l}", "List: {l}\nHow many words are in it?")
 _SORT_WORDS = (
     "Sort these words: {l}",
@@ -22,6 +34,12 @@ _SORT_WORDS = (
     "{l}\nSort the words from a to z.",
     "Sort from a to z: {l}",
     "Give this list in order: {l}",
+    "{l}\nPut these words in order.",
+    "{l}\nSort from a to z.",
+    "{l}\nGive the words in order.",
+    "Please sort the words: {l}",
+    "Sort the words in this list: {l}",
+    "{l}\nPlease sort this list.",
 )
 _HELD_SORT_WORDS = ("Put the words in order from a to z: {l}", "{l}\nSort these words.")
 _SORT_UP = (
@@ -30,12 +48,20 @@ _SORT_UP = (
     "{l}\nSort from small to big.",
     "Sort from small to big: {l}",
     "Give these numbers from small to big: {l}",
+    "{l}\nPut these numbers in order.",
+    "{l}\nSort the numbers.",
+    "{l}\nGive the numbers from small to big.",
+    "Please sort the numbers from small to big: {l}",
+    "Sort the numbers in this list: {l}",
 )
 _HELD_SORT_UP = ("Put these numbers in order from small to big: {l}", "{l}\nSort these numbers.")
 _SORT_DOWN = (
     "Sort from big to small: {l}",
     "Give these numbers from big to small: {l}",
     "{l}\nSort from big to small.",
+    "{l}\nGive the numbers from big to small.",
+    "{l}\nPut these numbers in order from big to small.",
+    "Please sort the numbers from big to small: {l}",
 )
 _HELD_SORT_DOWN = (
     "Put these numbers in order from big to small: {l}",

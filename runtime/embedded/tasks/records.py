@@ -8,7 +8,17 @@ from weft.runtime.embedded.dialogue import Dialogue
 from weft.runtime.embedded.tasks.facts import HELD_QUESTIONS, QUESTIONS, Fact, cost, follow_up
 from weft.runtime.embedded.words import NUMBERED, Draw
 
-_OF_ONE = ("What is the {a}?", "Give the {a}.", "Tell me the {a}.", "I need the {a}.", "{a}?", "Find the {a}.")
+_OF_ONE = (
+    "What is the {a}?",
+    "Give the {a}.",
+    "Tell me the {a}.",
+    "I need the {a}.",
+    "{a}?",
+    "Find the {a}.",
+    "Please tell me the {a}.",
+    "Say what the {a} is.",
+    "Please find the {a}.",
+)
 _HELD_OF_ONE = ("Please give me the {a}.", "Tell me what the {a} is.", "Which {a}?")
 _JSON = ("", "JSON:\n", "Here is a record:\n", "Read this JSON:\n", "Use this record.\n")
 _HELD_JSON = ("Read this record:\n", "Here is JSON:\n")
