@@ -31,7 +31,7 @@ QUESTIONS = (
     "What {a} has {x}?",
     "Say which {a} {x} has.",
     "Please tell me the {a} of {x}.",
-    "I need to know which {a} {x} has.",
+    "I need the {a} that {x} has.",
 )
 HELD_QUESTIONS = ("Tell me which {a} {x} has.", "Please give me the {a} of {x}.", "What {a} does {x} have?")
 _FILLER = (
@@ -49,7 +49,7 @@ _HOPS = (
     "Tell me the {a} of the {r} of {x}.",
     "Find the {r} of {x} and give the {a} of that one.",
     "Say which {a} the {r} of {x} has.",
-    "I need to know which {a} the {r} of {x} has.",
+    "I need the {a} that the {r} of {x} has.",
     "What {a} does the {r} of {x} have?",
     "Which {a} has the {r} of {x}?",
     "Please say what the {a} of the {r} of {x} is.",
@@ -68,7 +68,6 @@ _JUDGED = (
     "{x} has the {a} {v}. Is that right? Answer yes or no.",
     "Is it right that {x} has {v} as the {a}? Answer yes or no.",
     "I say for {x} the {a} is {v}. Right? yes or no",
-    "Right or not: {x} has the {a} {v}. Answer yes or no.",
 )
 _HELD_JUDGED = (
     "I say {x} has the {a} {v}. Is that right? Answer yes or no.",
@@ -80,8 +79,8 @@ _JUDGED_SUMS = (
     "{e}. Right? Answer yes or no.",
     "Is it right that {e}? Answer yes or no.",
     "Is this right: {e}? Answer yes or no.",
-    "Is that so: {e}? yes or no",
-    "Tell me if {e} is right. yes or no",
+    "Is this right? {e} yes or no",
+    "Tell me: is {e} right? yes or no",
     "{e}. Is that right? yes or no",
 )
 _HELD_JUDGED_SUMS = ("Is that right: {e}? yes or no", "I say {e}. Right? Answer yes or no.")
@@ -95,7 +94,7 @@ _OPTIONS = (
     "{q} Answer with one letter.\n{o}",
     "{q}\n{o}\nGive one letter.",
     "{q}\n{o}\nTell me the letter.",
-    "{q} Which letter?\n{o}",
+    "{q} Give one letter.\n{o}",
 )
 _HELD_OPTIONS = ("{q}\n{o}\nGive the letter.", "{q} Answer with a letter.\n{o}")
 

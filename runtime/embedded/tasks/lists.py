@@ -37,9 +37,9 @@ _SORT_WORDS = (
     "{l}\nPut these words in order.",
     "{l}\nSort from a to z.",
     "{l}\nGive the words in order.",
-    "Please sort the words: {l}",
+    "Please give the words in order: {l}",
     "Sort the words in this list: {l}",
-    "{l}\nPlease sort this list.",
+    "{l}\nPut this list in order.",
 )
 _HELD_SORT_WORDS = ("Put the words in order from a to z: {l}", "{l}\nSort these words.")
 _SORT_UP = (
@@ -51,7 +51,7 @@ _SORT_UP = (
     "{l}\nPut these numbers in order.",
     "{l}\nSort the numbers.",
     "{l}\nGive the numbers from small to big.",
-    "Please sort the numbers from small to big: {l}",
+    "Please give me the numbers from small to big: {l}",
     "Sort the numbers in this list: {l}",
 )
 _HELD_SORT_UP = ("Put these numbers in order from small to big: {l}", "{l}\nSort these numbers.")
@@ -61,7 +61,7 @@ _SORT_DOWN = (
     "{l}\nSort from big to small.",
     "{l}\nGive the numbers from big to small.",
     "{l}\nPut these numbers in order from big to small.",
-    "Please sort the numbers from big to small: {l}",
+    "Please give me the numbers from big to small: {l}",
 )
 _HELD_SORT_DOWN = (
     "Put these numbers in order from big to small: {l}",
