@@ -19,7 +19,8 @@ from weft.runtime.cache.sequence import SequenceState
 @dataclass(eq=False)
 class Checkpoint:
     """The raw state at `cut`. window: logical number -> page. saves: tokens to compute without it. uses: how often
-    it was restored; used: when it was saved or restored last. near: see above. dropped: it has nothing left."""
+    it was restored; used: when it was saved or restored last. near: see above. rows_from: the state's.
+    dropped: it has nothing any more."""
 
     cut: int
     slot: int
@@ -28,6 +29,7 @@ class Checkpoint:
     used: int
     uses: int = 0
     near: bool = False
+    rows_from: int = 0
     dropped: bool = False
 
 
@@ -50,14 +52,15 @@ class Checkpoints:
         share = self._pools.allocators["window"].share
         window = {number: share(page) for number, page in state.pages["window"].items()}
         slot = self._free.pop()
-        checkpoint = Checkpoint(state.length, slot, window, saves, next(self._clock), near=near)
+        used = next(self._clock)
+        checkpoint = Checkpoint(state.length, slot, window, saves, used, near=near, rows_from=state.rows_from)
         self._pools.copy_raw(state.slot, checkpoint.slot)
         self.held.append(checkpoint)
         return checkpoint
 
     def restore(self, checkpoint: Checkpoint, state: SequenceState) -> None:
         """Give its raw state to an empty one that has adopted a chain at least as long."""
-        state.restore(checkpoint.cut, checkpoint.slot, checkpoint.window)
+        state.restore(checkpoint.cut, checkpoint.slot, checkpoint.window, checkpoint.rows_from)
         checkpoint.uses += 1
         checkpoint.near = False
         checkpoint.used = next(self._clock)

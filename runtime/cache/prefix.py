@@ -40,8 +40,10 @@ class Plan:
 class PrefixCache:
     """Owns a tree and its checkpoints over the pools' pages; `make_room` gives them up to who computes."""
 
-    def __init__(self, pools: Pools) -> None:
+    def __init__(self, pools: Pools, *, mtp: bool = False) -> None:
+        """mtp: a replay brings the rows of the MTP block back too."""
         self._pools = pools
+        self._mtp = mtp
         self.checkpoints = Checkpoints(pools)
         self.tree = RadixTree(pools.allocators, pools.sizes.page, self._forget)
         self._loose: set[Checkpoint] = set()
@@ -86,7 +88,7 @@ class PrefixCache:
         if not matched:
             return Plan(total, 0, "cold", 0, total, reason), None
         best = max(self._marks(found), key=lambda checkpoint: checkpoint.cut, default=None)
-        start = replay_start(self._pools.config, matched)
+        start = replay_start(self._pools.config, matched, mtp=self._mtp)
         work = replay_work(self._pools.config, start, matched) + total - matched
         if best is not None and total - best.cut <= work:
             if best.cut < matched:
@@ -149,7 +151,7 @@ class PrefixCache:
     def _saves(self, found: Match, cut: int) -> int:
         """Tokens to compute if there is no checkpoint at the cut."""
         before = max((mark.cut for mark in self._marks(found) if mark.cut < cut and not mark.near), default=0)
-        start = replay_start(self._pools.config, cut)
+        start = replay_start(self._pools.config, cut, mtp=self._mtp)
         return min(cut - before, round(replay_work(self._pools.config, start, cut)))
 
     def _marks(self, found: Match) -> list[Checkpoint]:

@@ -23,6 +23,8 @@ class SequenceState:
         self.length = 0
         # Entries of groups below `chain` are there; a replay, if one is on, has begun at `floor`, else 0.
         self.chain = self.floor = 0
+        # The MTP block's rows are there from this position on, up to length-2.
+        self.rows_from = 0
         # Logical page number -> page; window pages that the window has left are gone.
         self.pages: dict[PageKind, dict[int, int]] = {kind: {} for kind in KINDS}
 
@@ -37,11 +39,11 @@ class SequenceState:
             for number, page in own.items():
                 self._hold(kind, number, self.pools.allocators[kind].share(page))
 
-    def restore(self, cut: int, slot: int, window: Mapping[int, int]) -> None:
+    def restore(self, cut: int, slot: int, window: Mapping[int, int], rows_from: int = 0) -> None:
         """Take the raw state at `cut`, at most the chain's end: the fixed part from a slot, and window pages to
         share. Tokens between the cut and the chain's end are computed next."""
         assert self.length == 0 and cut <= self.chain and not self.pages["window"]
-        self.length = cut
+        self.length, self.rows_from = cut, rows_from
         self.pools.copy_raw(slot, self.slot)
         for number, page in window.items():
             self._hold("window", number, self.pools.allocators["window"].share(page))
@@ -50,6 +52,8 @@ class SequenceState:
         """Tokens from `start` on are computed next; see `cache.base.replay_start`."""
         assert 0 <= start <= self.chain
         self.length = self.floor = start
+        if start:
+            self.rows_from = max(self.chain - self.pools.config.sliding_window, 0)
 
     @property
     def behind(self) -> int:
@@ -100,9 +104,17 @@ class SequenceState:
         self.pages[kind][number] = page
         self.pools.tables[kind][self.slot, number] = page * self.pools.sizes.page
 
-    def commit(self, count: int) -> None:
-        """The model has written `count` tokens: advance, and drop window pages no later token reads."""
+    @property
+    def can_draft(self) -> bool:
+        """Whether all rows are there that the MTP block reads behind the last token."""
+        return not self.behind and self.rows_from <= max(self.length - self.pools.config.sliding_window, 0)
+
+    def commit(self, count: int, *, rows: bool = True) -> None:
+        """The model has written `count` tokens: advance, and drop window pages no later token reads.
+        rows: those of the MTP block too, but that of the last token."""
         self.length += count
+        if not rows:
+            self.rows_from = self.length - 1
         if not self.behind:
             self.floor = 0
         # A continuation reads W-1 rows back; its MTP row, at length-1, one more.
@@ -118,6 +130,7 @@ class SequenceState:
         """A sequence with the same history, sharing every page. Ask `pools.free_slots` first."""
         child = SequenceState(self.pools)
         child.length, child.chain, child.floor = self.length, self.chain, self.floor
+        child.rows_from = self.rows_from
         for kind in KINDS:
             allocator = self.pools.allocators[kind]
             child.pages[kind] = {n: allocator.share(page) for n, page in self.pages[kind].items()}

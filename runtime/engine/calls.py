@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -24,6 +26,29 @@ if TYPE_CHECKING:
 
 
 _MORE = 8  # tokens that an output longer than usual is still expected to have
+
+
+class Pace:
+    """How far a call drafts, by how often its drafts were right: none once nearly all are wrong."""
+
+    def __init__(self) -> None:
+        self._share = 0.7  # of drafts that were right, of late
+
+    def drafts(self, most: int) -> int:
+        if self._share < _HOPELESS:
+            return 0
+        count, chance = 1, self._share
+        while count < most and chance * self._share >= _WORTH:
+            count, chance = count + 1, chance * self._share
+        return min(count, most)
+
+    def learn(self, drafted: int, right: int) -> None:
+        for i in range(min(right + 1, drafted)):
+            self._share += ((i < right) - self._share) / 8
+
+
+_HOPELESS = 0.25
+_WORTH = 0.4  # chance of being right from which a draft pays for its row
 
 
 class Call:
@@ -189,6 +214,8 @@ class GenerateCall(Call):
         self._text_ends: list[int] = []
         self._decoded = 0
         self._first_token = 0.0
+        self.pace = Pace()
+        self._drafted = self._accepted = 0
         eos = () if params.ignore_eos else (tokenizer.eos,)
         self._stop_ids = {*eos, *params.stop_token_ids}
         for field, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
@@ -206,13 +233,23 @@ class GenerateCall(Call):
     def expected_length(self, usual: int) -> int:
         return min(self.final_length(), len(self.sequence.tokens) + max(usual - len(self._tokens), _MORE))
 
-    def draw(self) -> Draw:
-        """How to sample the next token; before `min_tokens`, the tokens that would end the output are blocked."""
-        early = len(self._tokens) < self.params.min_tokens
+    def draw(self, ahead: Seq[int] = ()) -> Draw:
+        """How to sample the next token, or the one behind `ahead` if these come first. Before `min_tokens`, the
+        tokens that would end the output are blocked."""
+        early = len(self._tokens) + len(ahead) < self.params.min_tokens
         blocked = sorted(self._stop_ids) if early else ()
         assert self.params.seed is not None
-        history = self.sequence.tokens
-        return Draw(self.params, self.params.seed, len(history), blocked, self._counts, history)
+        history, counts = self.sequence.tokens, self._counts
+        position = len(history) + len(ahead)
+        if ahead:
+            history, counts = [*history, *ahead], counts + Counter(ahead)
+        return Draw(self.params, self.params.seed, position, blocked, counts, history)
+
+    def drafted(self, count: int, right: int) -> None:
+        """So many tokens were drafted, and the first `right` of them drawn."""
+        self.pace.learn(count, right)
+        self._drafted += count
+        self._accepted += right
 
     def drawn(self, token: int, logits: Tensor) -> m.Delta | None:
         """Take the sampled token into the history; returns what may be shown of it."""
@@ -251,9 +288,10 @@ class GenerateCall(Call):
         length = len(self._watch.text)
         kept = sum(end <= length for end in self._text_ends)
         assert self.finish_reason is not None
+        usage = self.usage(len(self._tokens), self._first_token)
         return m.Done(
             call=self.id,
-            usage=self.usage(len(self._tokens), self._first_token),
+            usage=msgspec.structs.replace(usage, drafted=self._drafted, accepted=self._accepted),
             length=len(self.sequence.tokens),
             finish_reason=self.finish_reason,
             stop=self.stop,

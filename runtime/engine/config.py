@@ -15,9 +15,11 @@ Dtype = Literal["float32", "bfloat16"]
 @dataclass(frozen=True)
 class CoreLimits:
     """chunk: prefill tokens per step over all sequences. queue: calls accepted and not finished.
+    drafts: tokens that the MTP block may guess per step and call, 0 to 7; a model without one drafts none.
     restarts: times a core that died is replaced before the engine gives up."""
 
     chunk: int = 512
+    drafts: int = 1
     queue: int = 1024
     restarts: int = 5
 
@@ -53,6 +55,8 @@ class EngineConfig:
                 value = getattr(getattr(self, owner), name)
                 if value < 1:
                     raise ConfigError(f"{owner}.{name}", value, "must be at least 1")
+        if not 0 <= self.limits.drafts <= 7:
+            raise ConfigError("limits.drafts", self.limits.drafts, "not in 0..7")
         if self.pools.checkpoints < 0:
             raise ConfigError("pools.checkpoints", self.pools.checkpoints, "must not be negative")
         if self.pools.burst < self.limits.chunk:

@@ -18,6 +18,7 @@ from weft.runtime.engine.calls import Call, ForkCall, GenerateCall, ScoreCall
 from weft.runtime.engine.config import CoreLimits
 from weft.runtime.engine.schedule import Scheduler, Work, can_fork
 from weft.runtime.engine.sequences import Memory, Sequence
+from weft.runtime.engine.speculate import Drafter
 from weft.runtime.errors import (
     Cancelled,
     ContextLengthError,
@@ -29,6 +30,7 @@ from weft.runtime.errors import (
 )
 from weft.runtime.model.batch import Batch
 from weft.runtime.model.model import Model
+from weft.runtime.model.verify import TakeBack
 from weft.runtime.text.tokenizer import Tokenizer
 
 
@@ -45,8 +47,10 @@ class Core:
     ) -> None:
         self.model = model
         self.pools = pools
-        self.memory = Memory(pools)
-        self.scheduler = Scheduler(self.memory, limits.chunk)
+        drafts = limits.drafts if model.config.has_mtp else 0
+        self.memory = Memory(pools, mtp=drafts > 0)
+        self.scheduler = Scheduler(self.memory, limits.chunk, drafts)
+        self.drafter = Drafter(model, tokenizer.size)
         self.tokenizer = tokenizer
         self.limits = limits
         self.emit = emit
@@ -156,7 +160,10 @@ class Core:
             return
         for item, rows, previous in zip(work, *self._forward(work), strict=True):
             item.call.ran(item.tokens, rows, previous, self.model)
-            self.memory.passed(item.call.sequence)
+            self.memory.passed(item.call.sequence, len(item.tokens))
+        for item in work:
+            if item.drafts:
+                self._finish_if_done(item.generating)
         self._advance()
 
     def _can_advance(self, active: list[Call]) -> bool:
@@ -194,18 +201,50 @@ class Core:
             return RequestError("tokens", [], "cannot generate from an empty history")
         return None
 
-    def _forward(self, work: list[Work]) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Run the work and commit it; returns each item's streams [n, hc, D], and [S, hc, D] those before them."""
+    def _forward(self, work: list[Work]) -> tuple[list[Tensor], Tensor]:
+        """Run the work, with drafts of what follows, and commit what was right; returns each item's streams
+        [n, hc, D], and [S, hc, D] those before them."""
         now = time.monotonic()
+        self.drafter.propose(work)
         states = [item.call.sequence.held for item in work]
         spans = [state.span(len(item.tokens)) for state, item in zip(states, work, strict=True)]
         ids = torch.tensor([token for item in work for token in item.tokens])
         previous = self.pools.streams[torch.tensor([span.slot for span in spans])]
-        streams = self.model.forward(ids, Batch(self.pools, spans))
+        drafts = any(item.drafts for item in work)
+        batch = Batch(self.pools, spans, drafts=drafts)
+        back = TakeBack(batch) if drafts else None
+        rows = list(self.model.forward(ids, batch).split([len(item.tokens) for item in work]))
+        if back is not None:
+            self._take_back(work, rows, back)
+        self.drafter.settle(work, rows, previous)
         for state, item in zip(states, work, strict=True):
-            state.commit(len(item.tokens))
+            state.commit(len(item.tokens), rows=item.keeps_rows)
             item.call.begin(now)
-        return streams.split([len(item.tokens) for item in work]), previous
+        return rows, previous
+
+    def _take_back(self, work: list[Work], rows: list[Tensor], back: TakeBack) -> None:
+        """Draw for as long as the drafts are right; cut items and rows to what was."""
+        found = iter(self.drafter.verify(work, rows))
+        for number, item in enumerate(work):
+            if item.drafts:
+                kept = self._drawn(item, *next(found))
+                back.keep(number, kept, rows[number])
+                rows[number], item.tokens = rows[number][:kept], item.tokens[:kept]
+
+    def _drawn(self, item: Work, logits: Tensor, drawn: list[int]) -> int:
+        """How many rows count: the last token that was known, and the drafts that were drawn and go on."""
+        call, right = item.generating, 0
+        for token, draft, row in zip(drawn, item.tokens[1:], logits, strict=True):
+            if token != draft:
+                break
+            right += 1
+            event = call.drawn(token, row)
+            if event is not None:
+                self.emit(event)
+            if call.finish_reason is not None:
+                break
+        call.drafted(item.drafts, right)
+        return 1 + right - (call.finish_reason is not None)
 
     # -- calls whose tokens are computed ----------------------------------------------------------------
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from weft.runtime.model.model import Model
 
 Progress = Callable[[int, int, str], None]
+EMBEDDED = Path(__file__).parent.parent / "embedded" / "weights"
 _PATIENCE = 0.5  # seconds beyond a deadline for the core to say so itself
 
 
@@ -85,6 +86,12 @@ class Engine:
     ) -> Engine:
         """An engine over a checkpoint folder, its core in a thread."""
         return cls(path, config=config, progress=progress)
+
+    @classmethod
+    def embedded(cls, config: EngineConfig | None = None) -> Engine:
+        """An engine over the small trained model that comes with Weft (`runtime/embedded/weights/README.md`), its
+        core in a thread."""
+        return cls(EMBEDDED, config=config)
 
     def _connect(self, source: Model | Path, process: bool, progress: Progress | None) -> Link:
         # The host imports torch; a front whose core lives elsewhere never does.

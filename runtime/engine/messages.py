@@ -130,7 +130,8 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     their state was kept. matched: tokens known when the sequence took up its KV, replayed: those of them run again
     to bring raw state back, reason: why not all were cached (`cache.prefix.Reason`); 0 and empty if the sequence
     had its KV. computed: tokens run through the model for it, those replayed too. copied: bytes of KV copied.
-    first_token: from submission to the first token.
+    drafted: tokens that were guessed and run before it was known that they were right, accepted: those that were;
+    the others are not among those computed. first_token: from submission to the first token.
     """
 
     history: int = 0
@@ -141,6 +142,8 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     copied: int = 0
     reason: str = ""
     generated: int = 0
+    drafted: int = 0
+    accepted: int = 0
     queued: float = 0.0
     first_token: float = 0.0
     total: float = 0.0

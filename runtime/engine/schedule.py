@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from weft.runtime.cache.radix import as_tokens, common_prefix
 from weft.runtime.engine.admission import Admission, Usual
-from weft.runtime.engine.calls import Call, ForkCall
+from weft.runtime.engine.calls import Call, ForkCall, GenerateCall
 from weft.runtime.engine.sequences import Memory, Sequence
 
 _PATIENCE = 16  # times that a call is passed over by younger ones whose prefix is known
@@ -18,18 +18,29 @@ _WORTH_WAITING = 64  # tokens that another call is about to compute too
 
 @dataclass
 class Work:
-    """Tokens of one call to run in this step."""
+    """Tokens of one call to run in this step. drafts: how many of the last ones are, or will be, guesses.
+    keeps_rows: the MTP block's rows of these tokens are kept."""
 
     call: Call
     tokens: list[int]
+    drafts: int = 0
+    keeps_rows: bool = False
+
+    @property
+    def generating(self) -> GenerateCall:
+        """The call, which drafts."""
+        assert isinstance(self.call, GenerateCall)
+        return self.call
 
 
 class Scheduler:
     """Continuous batching: decodes, one token each, then prefill chunks up to a budget."""
 
-    def __init__(self, memory: Memory, chunk: int) -> None:
+    def __init__(self, memory: Memory, chunk: int, drafts: int = 0) -> None:
+        """drafts: tokens that a decoding call may draft per step."""
         self._memory = memory
         self._chunk = chunk
+        self._drafts = drafts
         self.usual = Usual()
         self.preempted = 0  # calls that gave way so far
 
@@ -92,15 +103,30 @@ class Scheduler:
             count = 1 if left == 1 else min(left, budget, call.sequence.next_cut(), state.behind or left)
             if count == 0:
                 continue
-            if not self._memory.reserve(call, count):
+            drafts = self._to_draft(call) if left == 1 else 0
+            if not self._memory.reserve(call, count + drafts):
                 if not call.has_run:
                     self._memory.let_go(call.sequence, checkpoint=False)  # do not sit on a slot
                 continue
             start = call.sequence.computed
-            work.append(Work(call, call.sequence.tokens[start : start + count]))
+            keeps = self._drafts > 0 and not (isinstance(call, GenerateCall) and call.pace.drafts(1) == 0)
+            work.append(Work(call, call.sequence.tokens[start : start + count], drafts, keeps))
             if left > 1:
                 budget -= count
         return work
+
+    def _to_draft(self, call: Call) -> int:
+        """How many tokens behind its next one: none before its first is drawn, nor where nobody else should give
+        way for it."""
+        if not self._drafts or not isinstance(call, GenerateCall) or not call.drawn_count:
+            return 0
+        state = call.sequence.held
+        if not state.can_draft:
+            return 0
+        wanted = min(call.pace.drafts(self._drafts), call.params.max_tokens - call.drawn_count - 1)
+        while wanted > 0 and not state.can_reserve(1 + wanted):
+            wanted -= 1
+        return max(wanted, 0)
 
     def take_memory(self, active: list[Call], sequences: Iterable[Sequence]) -> list[Call] | None:
         """Free the KV of a sequence without calls, else of the youngest call that holds any beside the oldest.

@@ -69,9 +69,10 @@ class Sequence:
 class Memory:
     """Owns the prefix cache. Every state of a sequence begins and ends here."""
 
-    def __init__(self, pools: Pools) -> None:
+    def __init__(self, pools: Pools, *, mtp: bool = False) -> None:
+        """mtp: the rows of the MTP block are kept too."""
         self.pools = pools
-        self.prefix = PrefixCache(pools)
+        self.prefix = PrefixCache(pools, mtp=mtp)
 
     def explain(self, tokens: list[int], namespace: str) -> m.Explained:
         """What `begin` would do for such a history, and where it parts from the nearest one known."""
@@ -116,12 +117,13 @@ class Memory:
             own = sequence.tokens, sequence.state, sequence.namespace
             self.prefix.keep(*own, checkpoint=checkpoint, near=near)
 
-    def passed(self, sequence: Sequence) -> None:
-        """Tokens of it were computed: keep the state if this is a place for it."""
+    def passed(self, sequence: Sequence, count: int) -> None:
+        """The last `count` tokens of it were computed: keep the state if this is a place for it. A step with
+        drafts may pass one by; then where it ends is as good."""
         length = sequence.computed
-        if length in sequence.cuts or length == _point(length):
+        if length in sequence.cuts or _point(length - count + 1) <= length:
             self.keep(sequence)
-        elif length % _NEAR == 0 and len(sequence.tokens) - length < 2 * _NEAR:
+        elif length % _NEAR < count and len(sequence.tokens) - length < 2 * _NEAR:
             kept = self.prefix.keep_near(sequence.held)
             sequence.near += [kept] if kept is not None else []
             if len(sequence.near) > 2:

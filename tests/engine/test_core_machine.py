@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from support.book import Book
 from support.engine import some_tokens
 from weft.runtime.decoding.params import SamplingParams
+from weft.runtime.engine import calls
 
 CONTEXT, QUEUE, OPEN = 160, 10, 7
 LENGTHS = st.integers(1, 5) | st.sampled_from((15, 16, 17, 127, 128, 129)) | st.integers(1, 140)
@@ -41,9 +42,10 @@ class Messages(RuleBasedStateMachine):
         chunk=st.integers(12, 64),
         spare=st.integers(-2, 4),
         checkpoints=st.integers(0, 6),
+        drafts=st.integers(0, 4),
     )
-    def start(self, page: int, slots: int, chunk: int, spare: int, checkpoints: int) -> None:
-        self.book = Book(page, slots, chunk, spare, CONTEXT, QUEUE, checkpoints)
+    def start(self, page: int, slots: int, chunk: int, spare: int, checkpoints: int, drafts: int) -> None:
+        self.book = Book(page, slots, chunk, spare, CONTEXT, QUEUE, checkpoints, drafts)
 
     def pick(self, number: int) -> int:
         return list(self.book.open)[number % len(self.book.open)]
@@ -160,8 +162,10 @@ class Messages(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize("examples", [30, pytest.param(1000, marks=pytest.mark.slow)])
-def test_messages(examples: int) -> None:
-    """About 110 messages and steps each."""
+def test_messages(examples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """About 110 messages and steps each. Calls go on drafting however wrong they are."""
+    monkeypatch.setattr(calls, "_HOPELESS", -1.0)
+    monkeypatch.setattr(calls, "_WORTH", -1.0)
     skipped = [HealthCheck.too_slow, HealthCheck.filter_too_much]
     run_state_machine_as_test(
         Messages, settings=settings(max_examples=examples, stateful_step_count=20, suppress_health_check=skipped)

@@ -193,4 +193,4 @@ def turn(core: Core, clients: list[Client]) -> None:
 def core_with(slots: int, emit: Callable[[m.Event], None]) -> Core:
     model = small_model()
     pools = Pools(model.config, PoolSizes(tokens=2048, slots=slots, context=512, burst=64, page=16))
-    return Core(model, pools, byte_tokenizer(), CoreLimits(chunk=64), emit)
+    return Core(model, pools, byte_tokenizer(), CoreLimits(chunk=64, drafts=0), emit)

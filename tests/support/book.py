@@ -51,7 +51,15 @@ class Book:
     """Everything sent goes through here. `heard` verifies each event when it comes."""
 
     def __init__(
-        self, page: int, slots: int, chunk: int, spare: int, context: int, queue: int, checkpoints: int
+        self,
+        page: int,
+        slots: int,
+        chunk: int,
+        spare: int,
+        context: int,
+        queue: int,
+        checkpoints: int,
+        drafts: int,
     ) -> None:
         """spare: compressed pages beyond those of one sequence as long as the context, negative if too few."""
         sizes = PoolSizes(context, slots, context, chunk, page, checkpoints)
@@ -61,9 +69,7 @@ class Book:
             for _ in range(min(2 * slots - spare, allocator.total - 1)):
                 allocator.alloc()
         self.kept_back = {kind: list(self.pools.allocators[kind]._holders) for kind in KINDS}
-        self.core = Core(
-            small_model(), self.pools, byte_tokenizer(), CoreLimits(chunk=chunk, queue=queue), self.heard
-        )
+        self.core = Core(small_model(), self.pools, byte_tokenizer(), CoreLimits(chunk, drafts, queue), self.heard)
         self.queue = queue
         self.open: dict[int, History] = {}
         self.calls: dict[int, Asked] = {}

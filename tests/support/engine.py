@@ -149,8 +149,8 @@ class Gate:
             raise fault
         return self._model.forward(ids, batch)
 
-    def logits(self, streams: Tensor) -> Tensor:
-        return self._model.logits(streams)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
 
 @contextmanager
@@ -160,12 +160,13 @@ def running(
     chunk: int = 64,
     queue: int = 64,
     restarts: int = 0,
+    drafts: int = 0,
     leaks: bool = False,
     **pools: int,
 ) -> Iterator[Engine]:
     """An engine, closed at the end, after everything is free again (unless `leaks`)."""
     sizes = PoolSizes(**({"tokens": 8192, "slots": 40, "context": 1024, "burst": 512, "page": 16} | pools))
-    config = EngineConfig(pools=sizes, limits=CoreLimits(chunk=chunk, queue=queue, restarts=restarts))
+    config = EngineConfig(pools=sizes, limits=CoreLimits(chunk, drafts, queue, restarts))
     engine = Engine(model or small_model(), byte_tokenizer(), config)  # type: ignore[arg-type]
     try:
         yield engine

@@ -1,0 +1,92 @@
+"""Drafting with the MTP block: several tokens of a call in one step, and the same ones as without.
+
+Before a step, the block says what is likely to follow a call's last token; the step computes these drafts with it.
+Then tokens are drawn row by row, as they would be alone, while the next row's token is what was drawn. The rest is
+taken back (`model.verify`). The noise of a draw depends on its position only, so drafts change no token, only how
+many steps they take.
+
+The block's window rows are kept as tokens are computed, from true streams and tokens; rows that drafts have
+written behind those are written again. A call whose drafts are mostly wrong stops drafting, and its rows are not
+kept then: later calls on the history begin with a gap and may draft worse, nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from weft.runtime.cache.base import Span
+from weft.runtime.decoding.sampler import sample
+from weft.runtime.engine.schedule import Work
+from weft.runtime.model.batch import Batch
+from weft.runtime.model.model import Model
+
+
+class Drafter:
+    """Owns nothing: reads and writes the pools of the states it is given."""
+
+    def __init__(self, model: Model, defined: int) -> None:
+        """defined: ids from this one on are never drawn."""
+        self._model = model
+        self._defined = defined
+
+    def propose(self, work: Sequence[Work]) -> None:
+        """Append to the tokens of each item as many drafts as it asks for; their rows are reserved."""
+        asking = [(item, item.generating) for item in work if item.drafts]
+        if not asking:
+            return
+        pools = asking[0][0].call.sequence.held.pools
+        h = pools.streams[[item.call.sequence.held.slot for item, _ in asking]]
+        depth = 0
+        while asking:
+            spans = []
+            for item, _ in asking:
+                state = item.call.sequence.held
+                spans.append(Span(state.slot, state.length - 1 + depth, 1))
+            ids = torch.tensor([item.tokens[-1] for item, _ in asking])
+            h = self._model.forward_mtp(h, ids, Batch(pools, spans))
+            logits = self._model.mtp_logits(h)[:, : self._defined]
+            guesses = sample(logits, [call.draw(item.tokens[1:]) for item, call in asking])
+            for (item, _), guess in zip(asking, guesses, strict=True):
+                item.tokens.append(guess)
+            depth += 1
+            more = [i for i, (item, _) in enumerate(asking) if item.drafts > depth]
+            asking, h = [asking[i] for i in more], h[more]
+
+    def verify(self, work: Sequence[Work], rows: Sequence[Tensor]) -> list[tuple[Tensor, list[int]]]:
+        """Per item with drafts, in order: the logits of all its rows but the last, and the tokens drawn from them.
+
+        rows: [n, hc, D] of each item. A row counts only if the drafts before it are right."""
+        asking = [(item, own) for item, own in zip(work, rows, strict=True) if item.drafts]
+        if not asking:
+            return []
+        logits = self._model.logits(torch.cat([own[:-1] for _, own in asking]))
+        draws = [item.generating.draw(item.tokens[1 : 1 + i]) for item, _ in asking for i in range(item.drafts)]
+        drawn = iter(sample(logits[:, : self._defined], draws))
+        parts = logits.split([item.drafts for item, _ in asking])
+        return [(part, [next(drawn) for _ in part]) for part in parts]
+
+    def settle(self, work: Sequence[Work], rows: Sequence[Tensor], previous: Tensor) -> None:
+        """Write the block's rows of what a step has computed, before it is committed: each needs the token behind
+        it, so that of the last one is left to whoever computes that token.
+
+        rows: [n, hc, D] of each item's tokens; previous: [S, hc, D] of the token before them."""
+        spans: list[Span] = []
+        streams: list[Tensor] = []
+        ids: list[int] = []
+        for item, own, before in zip(work, rows, previous, strict=True):
+            if not item.keeps_rows:
+                continue
+            state = item.call.sequence.held
+            known = bool(state.length and not item.drafts)  # the row before is due too; to draft, it was written
+            count = len(item.tokens) - 1 + known
+            if count:
+                span = Span(state.slot, state.length - known, count, state.chain, state.floor)
+                spans.append(span)
+                streams += [before[None], own[:-1]] if known else [own[:-1]]
+                ids += item.tokens[1 - known :]
+        if spans:
+            pools = work[0].call.sequence.held.pools
+            self._model.forward_mtp(torch.cat(streams), torch.tensor(ids), Batch(pools, spans))
