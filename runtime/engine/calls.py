@@ -22,33 +22,11 @@ from weft.runtime.text.tokenizer import TextStream, Tokenizer
 
 if TYPE_CHECKING:
     from weft.runtime.cache.prefix import Plan
+    from weft.runtime.engine.pace import Pace
     from weft.runtime.engine.sequences import Sequence
 
 
 _MORE = 8  # tokens that an output longer than usual is still expected to have
-
-
-class Pace:
-    """How far a call drafts, by how often its drafts were right: none once nearly all are wrong."""
-
-    def __init__(self) -> None:
-        self._share = 0.7  # of drafts that were right, of late
-
-    def drafts(self, most: int) -> int:
-        if self._share < _HOPELESS:
-            return 0
-        count, chance = 1, self._share
-        while count < most and chance * self._share >= _WORTH:
-            count, chance = count + 1, chance * self._share
-        return min(count, most)
-
-    def learn(self, drafted: int, right: int) -> None:
-        for i in range(min(right + 1, drafted)):
-            self._share += ((i < right) - self._share) / 8
-
-
-_HOPELESS = 0.25
-_WORTH = 0.4  # chance of being right from which a draft pays for its row
 
 
 class Call:
@@ -214,7 +192,7 @@ class GenerateCall(Call):
         self._text_ends: list[int] = []
         self._decoded = 0
         self._first_token = 0.0
-        self.pace = Pace()
+        self.pace: Pace | None = None  # once it may draft
         self._drafted = self._accepted = 0
         eos = () if params.ignore_eos else (tokenizer.eos,)
         self._stop_ids = {*eos, *params.stop_token_ids}
@@ -247,6 +225,7 @@ class GenerateCall(Call):
 
     def drafted(self, count: int, right: int) -> None:
         """So many tokens were drafted, and the first `right` of them drawn."""
+        assert self.pace is not None
         self.pace.learn(count, right)
         self._drafted += count
         self._accepted += right

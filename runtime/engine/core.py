@@ -216,7 +216,9 @@ class Core:
         rows = list(self.model.forward(ids, batch).split([len(item.tokens) for item in work]))
         if back is not None:
             self._take_back(work, rows, back)
+        worked = time.monotonic()
         self.drafter.settle(work, rows, previous)
+        self.scheduler.took(work, (time.monotonic() if drafts else worked) - now)
         for state, item in zip(states, work, strict=True):
             state.commit(len(item.tokens), rows=item.keeps_rows)
             item.call.begin(now)
@@ -300,7 +302,7 @@ class Core:
         event = call.flush()
         if event is not None:
             self.emit(event)
-        self.scheduler.usual.add(call.drawn_count)
+        self.scheduler.ended(call)
         self._finish(call)
         return True
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from weft.runtime.cache.radix import as_tokens, common_prefix
 from weft.runtime.engine.admission import Admission, Usual
 from weft.runtime.engine.calls import Call, ForkCall, GenerateCall
+from weft.runtime.engine.pace import Drafting
 from weft.runtime.engine.sequences import Memory, Sequence
 
 _PATIENCE = 16  # times that a call is passed over by younger ones whose prefix is known
@@ -40,7 +41,7 @@ class Scheduler:
         """drafts: tokens that a decoding call may draft per step."""
         self._memory = memory
         self._chunk = chunk
-        self._drafts = drafts
+        self.drafting = Drafting(drafts)
         self.usual = Usual()
         self.preempted = 0  # calls that gave way so far
 
@@ -96,6 +97,9 @@ class Scheduler:
         come before prefill."""
         work: list[Work] = []
         budget = self._chunk
+        decoding = sum(call.left == 1 and call.sequence.state is not None for call in active)
+        cost = self.drafting.cost(decoding)
+        plain = self.drafting.most > 0 and self.drafting.explores(decoding)
         for call in sorted(active, key=lambda call: call.left > 1):
             left, state = call.left, call.sequence.state
             if not left or state is None:
@@ -103,30 +107,49 @@ class Scheduler:
             count = 1 if left == 1 else min(left, budget, call.sequence.next_cut(), state.behind or left)
             if count == 0:
                 continue
-            drafts = self._to_draft(call) if left == 1 else 0
+            wanted = self._to_draft(call, cost) if left == 1 else 0
+            drafts = 0 if plain else self._may_draft(call, wanted)
             if not self._memory.reserve(call, count + drafts):
                 if not call.has_run:
                     self._memory.let_go(call.sequence, checkpoint=False)  # do not sit on a slot
                 continue
             start = call.sequence.computed
-            keeps = self._drafts > 0 and not (isinstance(call, GenerateCall) and call.pace.drafts(1) == 0)
+            draws = left == 1 and isinstance(call, GenerateCall)
+            keeps = self.drafting.most > 0 and (wanted > 0 or not draws)
             work.append(Work(call, call.sequence.tokens[start : start + count], drafts, keeps))
             if left > 1:
                 budget -= count
         return work
 
-    def _to_draft(self, call: Call) -> int:
-        """How many tokens behind its next one: none before its first is drawn, nor where nobody else should give
-        way for it."""
-        if not self._drafts or not isinstance(call, GenerateCall) or not call.drawn_count:
+    def _to_draft(self, call: Call, cost: float) -> int:
+        """How many tokens behind its next one it pays to draft."""
+        if not self.drafting.most or not isinstance(call, GenerateCall):
+            return 0
+        if call.pace is None:
+            call.pace = self.drafting.pace()
+        return call.pace.drafts(self.drafting.most, cost)
+
+    def _may_draft(self, call: Call, wanted: int) -> int:
+        """How many of them now: none before the first token is drawn, nor where others would have to give way."""
+        if not wanted or not isinstance(call, GenerateCall) or not call.drawn_count:
             return 0
         state = call.sequence.held
-        if not state.can_draft:
-            return 0
-        wanted = min(call.pace.drafts(self._drafts), call.params.max_tokens - call.drawn_count - 1)
+        wanted = min(wanted, call.params.max_tokens - call.drawn_count - 1) if state.can_draft else 0
         while wanted > 0 and not state.can_reserve(1 + wanted):
             wanted -= 1
         return max(wanted, 0)
+
+    def took(self, work: list[Work], seconds: float) -> None:
+        """The step of this work took so long, what keeps rows for later drafts left out."""
+        depths = {item.drafts for item in work}
+        if len(depths) == 1 and all(item.drafts or len(item.tokens) == 1 for item in work):
+            self.drafting.took(len(work), depths.pop(), seconds)
+
+    def ended(self, call: GenerateCall) -> None:
+        """It has drawn all its tokens."""
+        self.usual.add(call.drawn_count)
+        if call.pace is not None:
+            self.drafting.ended(call.pace)
 
     def take_memory(self, active: list[Call], sequences: Iterable[Sequence]) -> list[Call] | None:
         """Free the KV of a sequence without calls, else of the youngest call that holds any beside the oldest.

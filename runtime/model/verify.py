@@ -18,7 +18,7 @@ class TakeBack:
     """Make it before the step runs; the batch must have been made with `drafts`."""
 
     def __init__(self, batch: Batch) -> None:
-        assert batch.folds is not None and batch.counts.max() <= C4_TAIL
+        assert batch.folds is not None
         self._batch = batch
         self._tails = batch.pools.c4_tail[:, from_numpy(batch.slots)]
 
@@ -27,7 +27,7 @@ class TakeBack:
         streams: [n, hc, D] of all its rows."""
         batch, pools = self._batch, self._batch.pools
         slot, start = int(batch.slots[number]), int(batch.starts[number])
-        assert 0 < count <= batch.counts[number] and batch.folds is not None
+        assert 0 < count <= batch.counts[number] <= C4_TAIL and batch.folds is not None
         for position in range(start + count, int(batch.ends[number])):
             pools.c4_tail[:, slot, position % C4_TAIL] = self._tails[:, number, position % C4_TAIL]
         if (start + count) % C128:  # else the next token opens a group

@@ -8,9 +8,9 @@ import pytest
 
 from support.engine import Gate, core_of, drawn_again, finish, running, some_tokens
 from weft.runtime.decoding.params import SamplingParams
-from weft.runtime.engine import calls
 from weft.runtime.engine.front import Engine
 from weft.runtime.engine.handle import Output
+from weft.runtime.engine.pace import Pace
 from weft.runtime.errors import ConfigError
 
 PROMPT = some_tokens(150, seed=1)
@@ -35,8 +35,7 @@ ODD = SamplingParams(
 @pytest.fixture(autouse=True)
 def never_hopeless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random weights draft badly; go on all the same, and as far as may be."""
-    monkeypatch.setattr(calls, "_HOPELESS", -1.0)
-    monkeypatch.setattr(calls, "_WORTH", -1.0)
+    monkeypatch.setattr(Pace, "drafts", lambda self, most, cost: most)
 
 
 def fields(output: Output) -> tuple[object, ...]:
@@ -99,7 +98,7 @@ def test_forks_of_a_history_that_was_drafted_go_their_own_ways() -> None:
 
 
 def test_hopeless_drafts_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "_HOPELESS", 0.25)
+    monkeypatch.undo()
     with running(drafts=4) as engine:
         usage = finish(
             engine.generate(PROMPT, SamplingParams(max_tokens=200, temperature=0, ignore_eos=True))

@@ -1,0 +1,104 @@
+"""What drafts by the MTP block bring on the embedded model, and what they cost where they are wrong.
+
+    python benchmarks/drafts.py [--turns 3]
+
+Two kinds of calls, 1, 4 and 16 at a time: held-out dialogues (their last turn, greedy), and text that nobody can
+guess (the same prompts, drawn at temperature 3). Each with 0 to 3 drafts, in turn within one process; medians. The
+tokens are the same at every depth, or it stops. Per row: tokens a second, the ratio to no drafts, drafts and how
+many of them were right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import time
+from typing import Any
+
+from support.record import record
+from weft.runtime.cache.capacity import PoolSizes
+from weft.runtime.decoding.params import SamplingParams
+from weft.runtime.embedded.data import TASKS
+from weft.runtime.embedded.scoring import held_out, turns
+from weft.runtime.engine.config import CoreLimits, EngineConfig
+from weft.runtime.engine.front import Engine
+from weft.runtime.engine.handle import Output
+from weft.runtime.text.chat import render
+
+DEPTHS = (0, 1, 2, 3)
+KINDS = {
+    "dialogues": SamplingParams(max_tokens=160, temperature=0),
+    "unguessable": SamplingParams(max_tokens=96, temperature=3.0, seed=1, ignore_eos=True),
+}
+
+
+def prompts(engine: Engine, count: int) -> list[list[int]]:
+    examples = [example for i in range(8) for task in TASKS for example in held_out(task, 1, seed=100 + i)]
+    asked = [(example, scored) for example, scored in turns(examples) if scored.thinking or example.tools]
+    return [
+        render(engine.tokenizer, e.messages[: s.turn], thinking=s.thinking, tools=e.tools).tokens
+        for e, s in asked[:count]
+    ]
+
+
+async def run(
+    engine: Engine, texts: list[list[int]], params: SamplingParams, together: int
+) -> tuple[float, list[Output]]:
+    """Seconds, and outputs; prompts are computed before the clock starts."""
+    sequences = [engine.open(text) for text in texts]
+    for sequence in sequences:
+        await sequence.complete(SamplingParams(max_tokens=0))
+    limit = asyncio.Semaphore(together)
+
+    async def one(sequence: Any) -> Output:
+        async with limit:
+            return await sequence.complete(params)
+
+    started = time.perf_counter()
+    outputs = await asyncio.gather(*(one(sequence) for sequence in sequences))
+    seconds = time.perf_counter() - started
+    for sequence in sequences:
+        sequence.close()
+    return seconds, list(outputs)
+
+
+def measure(kind: str, together: int, turns_: int) -> dict[str, Any]:
+    pools = PoolSizes(tokens=32768, slots=40, context=4096)
+    engines = [Engine.embedded(EngineConfig(limits=CoreLimits(drafts=depth), pools=pools)) for depth in DEPTHS]
+    texts = prompts(engines[0], max(2 * together, 8))
+    seconds: list[list[float]] = [[] for _ in DEPTHS]
+    found: list[list[Output]] = [[] for _ in DEPTHS]
+    for _ in range(turns_):
+        for i, engine in enumerate(engines):
+            took, found[i] = asyncio.run(run(engine, texts, KINDS[kind], together))
+            seconds[i].append(took)
+    for engine in engines:
+        engine.close()
+    rows = {}
+    for depth, own, outputs in zip(DEPTHS, seconds, found, strict=True):
+        assert [output.tokens for output in outputs] == [output.tokens for output in found[0]]
+        total = sum(len(output.tokens) for output in outputs)
+        rows[f"{depth} drafts"] = {
+            "tokens a second": round(total / statistics.median(own), 1),
+            "ratio": round(statistics.median(seconds[0]) / statistics.median(own), 3),
+            "drafted": sum(output.usage.drafted for output in outputs),
+            "right": sum(output.usage.accepted for output in outputs),
+            "tokens": total,
+        }
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--name", default="drafts")
+    args = parser.parse_args()
+    record(
+        args.name,
+        {f"{kind}, {n} at a time": measure(kind, n, args.turns) for kind in KINDS for n in (1, 4, 16)},
+    )
+
+
+if __name__ == "__main__":
+    main()
