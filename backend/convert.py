@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from weft.runtime.decoding.params import SamplingParams
+from sglang.lang.ir import REGEX_BOOL, REGEX_FLOAT, REGEX_INT, REGEX_STR
+
+from weft.runtime.decoding.params import Grammar, SamplingParams
 from weft.runtime.engine import messages as m
-from weft.runtime.errors import RequestError, UnsupportedError
+from weft.runtime.errors import RequestError
 
-# Served by a later version; refused by name until then.
-_LATER = ("dtype", "regex", "json_schema")
+# What a dtype stands for, as sglang's own endpoint takes it; numbers also end at a space or a new line.
+_DTYPES = {"int": REGEX_INT, "float": REGEX_FLOAT, "bool": REGEX_BOOL, "str": REGEX_STR}
 
 
-def sampling_params(p: Any) -> SamplingParams:
-    """From an `SglSamplingParams` of any sglang version (fields that a version lacks keep their default)."""
-    for name in _LATER:
-        if getattr(p, name, None) is not None:
-            raise UnsupportedError(name, getattr(p, name), "constrained decoding is not served yet")
+def sampling_params(p: Any, *, thinking: bool = False) -> SamplingParams:
+    """From an `SglSamplingParams` of any sglang version (fields that a version lacks keep their default).
+    thinking: the text ends inside a thought."""
+    grammar, stop = _grammar(p, thinking)
     wants_logprobs = getattr(p, "return_logprob", None) is True
     return SamplingParams(
         max_tokens=p.max_new_tokens,
@@ -28,12 +29,31 @@ def sampling_params(p: Any) -> SamplingParams:
         min_p=p.min_p,
         frequency_penalty=p.frequency_penalty,
         presence_penalty=p.presence_penalty,
-        stop=strings("stop", p.stop),
+        stop=(*strings("stop", p.stop), *stop),
+        grammar=grammar,
         stop_token_ids=tuple(p.stop_token_ids or ()),
         stop_regex=strings("stop_regex", getattr(p, "stop_regex", None)),
         ignore_eos=p.ignore_eos,
         logprobs=(plain_int(getattr(p, "top_logprobs_num", None)) or 0) if wants_logprobs else None,
     ).validate()
+
+
+def _grammar(p: Any, thinking: bool) -> tuple[Grammar | None, tuple[str, ...]]:
+    """What the output is held to, and the stops that go with it. A dtype comes before a regex, as in sglang."""
+    dtype, regex, schema = (getattr(p, name, None) for name in ("dtype", "regex", "json_schema"))
+    for name, value in (("regex", regex), ("json_schema", schema)):
+        if value is not None and not isinstance(value, str):
+            raise RequestError(name, value, "must be a string")
+    if dtype is not None:
+        name = dtype.__name__ if isinstance(dtype, type) else dtype
+        if name not in _DTYPES:
+            raise RequestError("dtype", dtype, f"must be one of {', '.join(_DTYPES)}")
+        return Grammar("regex", _DTYPES[name], thinking), (" ", "\n") if name in ("int", "float") else ()
+    if regex is not None and schema is not None:
+        raise RequestError("regex", regex, "cannot be combined with json_schema")
+    if regex is not None:
+        return Grammar("regex", regex, thinking), ()
+    return Grammar("json_schema", schema, thinking) if schema is not None else None, ()
 
 
 def strings(field: str, value: Any) -> tuple[str, ...]:

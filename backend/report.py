@@ -11,6 +11,7 @@ from weft.runtime.decoding.params import SamplingParams
 from weft.runtime.engine import messages as m
 from weft.runtime.engine.front import Engine
 from weft.runtime.errors import UnsupportedError
+from weft.runtime.text.tokens import ASSISTANT, THINK_END, THINK_START
 
 
 class Request:
@@ -23,7 +24,8 @@ class Request:
             raise UnsupportedError("num_api_spec_tokens", s.num_api_spec_tokens, "for remote chat APIs only")
         self.text: str = s.text_
         self.count = count_of(p)
-        self.params: SamplingParams = sampling_params(p)
+        thinking = self.text.rfind(THINK_START) > max(map(self.text.rfind, (THINK_END, ASSISTANT)))
+        self.params: SamplingParams = sampling_params(p, thinking=thinking)
         start = plain_int(getattr(p, "logprob_start_len", None))
         self.prompt_logprobs_from = (
             start if self.params.logprobs is not None and start is not None and start >= 0 else None

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import msgspec
 
 from weft.runtime.errors import RequestError
 
 MAX_TOP_LOGPROBS = 64
+
+
+class Grammar(msgspec.Struct, frozen=True):
+    """What an output has to match as a whole. text: a regular expression, a JSON schema, a Lark grammar, or a JSON
+    list of strings. JSON is written as `json.dumps` does. thinking: it begins behind `</think>`."""
+
+    kind: Literal["regex", "json_schema", "lark", "choices"]
+    text: str
+    thinking: bool = False
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,6 +31,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     seed: same seed, tokens and parameters give the same output in any batch. None draws one.
     logprobs: None for none, else how many alternatives to return per token (0: the chosen token only).
     stop: strings that end the output; neither they nor anything behind them is returned.
+    grammar: comes before all other settings, `min_tokens` and bans included, where they leave nothing; the output
+    ends where the grammar does.
     """
 
     max_tokens: int = 128
@@ -39,6 +51,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()
     stop_regex: tuple[str, ...] = ()
     ignore_eos: bool = False
+    grammar: Grammar | None = None
 
     def validate(self) -> SamplingParams:
         for field in msgspec.structs.fields(SamplingParams):

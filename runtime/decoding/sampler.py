@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from weft.runtime.decoding.noise import gumbel, stream_key
@@ -20,7 +22,7 @@ _COLDEST = 2.0**-126
 class Draw:
     """One row to sample. position: index of the token to be drawn in its sequence.
     blocked: token ids that must not be drawn now. counts: how often each output token occurred. history: all
-    tokens so far, read for repetition_penalty only."""
+    tokens so far, read for repetition_penalty only. allowed: [V] what a grammar allows."""
 
     params: SamplingParams
     seed: int
@@ -28,12 +30,13 @@ class Draw:
     blocked: Sequence[int] = ()
     counts: dict[int, int] = field(default_factory=dict)
     history: Sequence[int] = ()
+    allowed: NDArray[np.bool_] | None = None
 
     def is_plain(self) -> bool:
         """Whether the logits are used as they are."""
         p = self.params
         penalty = p.frequency_penalty or p.presence_penalty or p.repetition_penalty != 1
-        return not (self.blocked or p.logit_bias or penalty)
+        return not (self.blocked or p.logit_bias or penalty or self.allowed is not None)
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ def _adjust(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 def _adjust_row(row: Tensor, draw: Draw) -> None:
     p = draw.params
+    before = row.clone() if draw.allowed is not None else row
     if p.repetition_penalty != 1:
         seen = torch.tensor(sorted({token for token in draw.history if token < row.shape[0]}), dtype=torch.int64)
         value = row[seen]
@@ -110,6 +114,11 @@ def _adjust_row(row: Tensor, draw: Draw) -> None:
         row[token] = NEG_INF if bias <= -100 else row[token] + bias
     if draw.blocked:
         row[torch.tensor(draw.blocked)] = NEG_INF
+    if draw.allowed is not None:
+        allowed = torch.from_numpy(draw.allowed)
+        if not (row.isfinite() & allowed).any():  # other settings leave nothing of it
+            row.copy_(before)
+        row[~allowed] = NEG_INF
 
 
 def _filter(scores: Tensor, draws: Sequence[Draw]) -> Tensor:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from weft.runtime.embedded.data import TASKS, mixture
+from weft.runtime.embedded.data import TASKS, WEIGHTS, mixture
 from weft.runtime.embedded.rows import Document
 from weft.runtime.embedded.words import Split
 from weft.runtime.text.tokenizer import Tokenizer
@@ -14,11 +14,14 @@ from weft.runtime.text.tokenizer import Tokenizer
 TOKENIZER = Path(__file__).parent / "weights" / "tokenizer.json"
 
 
-def documents(split: Split, seed: int, longest: int, long: float) -> Callable[[int, int], Iterator[Document]]:
-    """source(worker, workers) of documents of at most `longest` tokens. long: the share of those that are long."""
+def documents(
+    split: Split, seed: int, longest: int, long: float, weights: Mapping[str, float] = WEIGHTS
+) -> Callable[[int, int], Iterator[Document]]:
+    """source(worker, workers) of documents of at most `longest` tokens. long: the share of those that are long.
+    weights: of the tasks."""
 
     def source(worker: int, workers: int) -> Iterator[Document]:
-        made = mixture(_tokenizer(), split, seed, longest, worker=worker, workers=workers, long=long)
+        made = mixture(_tokenizer(), split, seed, longest, weights, worker=worker, workers=workers, long=long)
         for example, encoded in made:
             yield Document(encoded.tokens, encoded.learn, TASKS.index(example.task))
 

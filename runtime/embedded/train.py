@@ -80,7 +80,7 @@ class Trainer:
         """Until the stage or the piece is over."""
         stage = self.recipe.stages[number]
         seed = zlib.crc32(f"{self.recipe.seed} {number} {self.step}".encode())
-        source = documents("train", seed, stage.longest, stage.long)
+        source = documents("train", seed, stage.longest, stage.long, stage.tasks)
         feed = Feed(source, rows=stage.rows, length=stage.length, workers=self.workers)
         clock, seen = time.monotonic(), 0
         try:

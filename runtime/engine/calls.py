@@ -19,9 +19,11 @@ from weft.runtime.engine import messages as m
 from weft.runtime.errors import RequestError
 from weft.runtime.model.model import Model
 from weft.runtime.text.tokenizer import TextStream, Tokenizer
+from weft.runtime.text.tokens import THINK_END
 
 if TYPE_CHECKING:
     from weft.runtime.cache.prefix import Plan
+    from weft.runtime.decoding.grammar import Constraint
     from weft.runtime.engine.pace import Pace
     from weft.runtime.engine.sequences import Sequence
 
@@ -178,8 +180,20 @@ class ScoreCall(Call):
 class GenerateCall(Call):
     """Draws tokens until a stop or the length is reached."""
 
-    def __init__(self, id: int, sequence: Sequence, params: SamplingParams, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        id: int,
+        sequence: Sequence,
+        params: SamplingParams,
+        tokenizer: Tokenizer,
+        constraint: Constraint | None = None,
+    ) -> None:
         super().__init__(id, sequence)
+        self.constraint = constraint
+        # Until this token was drawn, the constraint does not hold.
+        self._opening: int | None = None
+        if constraint is not None and constraint.grammar.thinking:
+            self._opening = tokenizer.encode(THINK_END)[0]
         self.params = params
         self.finish_reason: str | None = None if params.max_tokens else "length"
         self.stop: str | int | None = None
@@ -194,7 +208,7 @@ class GenerateCall(Call):
         self._first_token = 0.0
         self.pace: Pace | None = None  # once it may draft
         self._drafted = self._accepted = 0
-        eos = () if params.ignore_eos else (tokenizer.eos,)
+        eos = () if params.ignore_eos and constraint is None else (tokenizer.eos,)
         self._stop_ids = {*eos, *params.stop_token_ids}
         for field, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
             for token in ids:
@@ -215,18 +229,45 @@ class GenerateCall(Call):
         """How to sample the next token, or the one behind `ahead` if these come first. Before `min_tokens`, the
         tokens that would end the output are blocked."""
         early = len(self._tokens) + len(ahead) < self.params.min_tokens
-        blocked = sorted(self._stop_ids) if early else ()
+        blocked = sorted(self._stop_ids) if early else []
+        held = self._constrained(ahead)
+        if self.constraint is not None and held is None:
+            blocked.append(self._tokenizer.eos)  # it has to think to the end
         assert self.params.seed is not None
         history, counts = self.sequence.tokens, self._counts
         position = len(history) + len(ahead)
         if ahead:
             history, counts = [*history, *ahead], counts + Counter(ahead)
-        return Draw(self.params, self.params.seed, position, blocked, counts, history)
+        allowed = self.constraint.mask(held) if self.constraint is not None and held is not None else None
+        return Draw(self.params, self.params.seed, position, blocked, counts, history, allowed)
 
-    def drafted(self, count: int, right: int) -> None:
-        """So many tokens were drafted, and the first `right` of them drawn."""
-        assert self.pace is not None
-        self.pace.learn(count, right)
+    def _constrained(self, ahead: Seq[int]) -> Seq[int] | None:
+        """What of `ahead` its grammar has to take; None if it does not hold behind them."""
+        if self.constraint is None or self._opening is None:
+            return ahead if self.constraint is not None else None
+        return ahead[list(ahead).index(self._opening) + 1 :] if self._opening in ahead else None
+
+    @property
+    def waits(self) -> bool:
+        """Whether its grammar is still being compiled."""
+        return self.constraint is not None and not self.constraint.is_ready
+
+    def prepare(self, ahead: Seq[int]) -> None:
+        """Tokens are about to be drawn, perhaps behind these: have the masks computed meanwhile."""
+        if self.constraint is not None and self._opening is None and not self.waits:
+            self.constraint.prepare(ahead)
+
+    def certain(self, most: int) -> list[int]:
+        """Tokens that its grammar leaves no choice about."""
+        if self.constraint is None or self._opening is not None or self.waits:
+            return []
+        return self.constraint.certain(most)
+
+    def drafted(self, count: int, right: int, *, guessed: bool) -> None:
+        """So many tokens were drafted, and the first `right` of them drawn. guessed: by the MTP block."""
+        if guessed:
+            assert self.pace is not None
+            self.pace.learn(count, right)
         self._drafted += count
         self._accepted += right
 
@@ -244,13 +285,26 @@ class GenerateCall(Call):
         if token in self._stop_ids:
             self.finish_reason, self.stop = "stop", token
             return m.Delta(call=self.id, tokens=[token], text="", logprobs=found)
+        over = self._take(token)
         piece = self._stream.feed(token)
         self._decoded += len(piece)
         self._text_ends.append(self._decoded + len(self._stream.unfinished))
         self._check(self._watch.feed(piece, may_stop=len(self._tokens) >= self.params.min_tokens))
+        if self.finish_reason is None and over:
+            self.finish_reason = "stop"
         if self.finish_reason is None and len(self._tokens) >= self.params.max_tokens:
             self.finish_reason = "length"
         return m.Delta(call=self.id, tokens=[token], text=self._watch.showable(), logprobs=found)
+
+    def _take(self, token: int) -> bool:
+        """Tell the constraint; whether nothing can follow."""
+        if self.constraint is None:
+            return False
+        if self._opening is not None:
+            self._opening = None if token == self._opening else self._opening
+            return False
+        self.constraint.take(token)
+        return self.constraint.is_over
 
     def _check(self, stop: str | None) -> None:
         if stop is not None:

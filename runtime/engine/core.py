@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from weft.runtime.cache.pools import Pools
+from weft.runtime.decoding.grammar import Grammars
 from weft.runtime.decoding.sampler import sample
 from weft.runtime.engine import messages as m
 from weft.runtime.engine.calls import Call, ForkCall, GenerateCall, ScoreCall
@@ -33,6 +34,8 @@ from weft.runtime.model.model import Model
 from weft.runtime.model.verify import TakeBack
 from weft.runtime.text.tokenizer import Tokenizer
 
+_MOMENT = 0.0005  # seconds
+
 
 class Core:
     """`emit` receives every event, in order, in the thread that runs the core."""
@@ -51,11 +54,19 @@ class Core:
         self.memory = Memory(pools, mtp=drafts > 0)
         self.scheduler = Scheduler(self.memory, limits.chunk, drafts)
         self.drafter = Drafter(model, tokenizer.size)
+        self._grammars: Grammars | None = None
         self.tokenizer = tokenizer
         self.limits = limits
         self.emit = emit
         self.sequences: dict[int, Sequence] = {}
         self.calls: dict[int, Call] = {}
+
+    @property
+    def grammars(self) -> Grammars:
+        """Made when the first is asked for."""
+        if self._grammars is None:
+            self._grammars = Grammars(self.tokenizer)
+        return self._grammars
 
     # -- messages ---------------------------------------------------------------------------------------
 
@@ -83,6 +94,8 @@ class Core:
             case m.Stop():
                 for waiting in list(self.calls.values()):
                     self._fail(waiting, Cancelled("the engine was closed"))
+                if self._grammars is not None:
+                    self._grammars.close()
             case _:
                 self._accept(message)
 
@@ -101,7 +114,8 @@ class Core:
                 self._submit(ScoreCall(call, sequence, tokens, top, self.tokenizer.size), message)
             case m.Generate(call, _, params):
                 try:
-                    self._submit(GenerateCall(call, sequence, params, self.tokenizer), message)
+                    constraint = self.grammars.constraint(params.grammar) if params.grammar is not None else None
+                    self._submit(GenerateCall(call, sequence, params, self.tokenizer, constraint), message)
                 except RequestError as error:  # a stop_regex that RE2 refuses, an id the tokenizer lacks
                     self.emit(failure(call, error))
 
@@ -142,7 +156,11 @@ class Core:
         """Run one batch: a token of every decoding call, and prefill chunks up to the budget."""
         self._expire()
         self._advance()
-        active = sorted(self._heads(), key=lambda call: call.id)
+        heads = self._heads()
+        active = sorted((call for call in heads if call.left or not _waits(call)), key=lambda call: call.id)
+        if heads and not active:
+            time.sleep(_MOMENT)  # for grammars
+            return
         while active:
             self.scheduler.begin(active)
             if self._can_advance(active):
@@ -199,6 +217,8 @@ class Core:
             return ContextLengthError("tokens", call.final_length(), f"the context holds {limit}")
         if isinstance(call, GenerateCall) and not call.sequence.tokens:
             return RequestError("tokens", [], "cannot generate from an empty history")
+        if isinstance(call, GenerateCall) and call.constraint is not None:
+            return call.constraint.error
         return None
 
     def _forward(self, work: list[Work]) -> tuple[list[Tensor], Tensor]:
@@ -206,6 +226,9 @@ class Core:
         [n, hc, D], and [S, hc, D] those before them."""
         now = time.monotonic()
         self.drafter.propose(work)
+        for item in work:
+            if isinstance(item.call, GenerateCall) and item.call.left == len(item.tokens) - item.drafts:
+                item.call.prepare(item.tokens[1:] if item.drafts else ())
         states = [item.call.sequence.held for item in work]
         spans = [state.span(len(item.tokens)) for state, item in zip(states, work, strict=True)]
         ids = torch.tensor([token for item in work for token in item.tokens])
@@ -215,7 +238,7 @@ class Core:
         back = TakeBack(batch) if drafts else None
         rows = list(self.model.forward(ids, batch).split([len(item.tokens) for item in work]))
         if back is not None:
-            self._take_back(work, rows, back)
+            self.drafter.accept(work, rows, back, self.emit)
         worked = time.monotonic()
         self.drafter.settle(work, rows, previous)
         self.scheduler.took(work, (time.monotonic() if drafts else worked) - now)
@@ -224,36 +247,12 @@ class Core:
             item.call.begin(now)
         return rows, previous
 
-    def _take_back(self, work: list[Work], rows: list[Tensor], back: TakeBack) -> None:
-        """Draw for as long as the drafts are right; cut items and rows to what was."""
-        found = iter(self.drafter.verify(work, rows))
-        for number, item in enumerate(work):
-            if item.drafts:
-                kept = self._drawn(item, *next(found))
-                back.keep(number, kept, rows[number])
-                rows[number], item.tokens = rows[number][:kept], item.tokens[:kept]
-
-    def _drawn(self, item: Work, logits: Tensor, drawn: list[int]) -> int:
-        """How many rows count: the last token that was known, and the drafts that were drawn and go on."""
-        call, right = item.generating, 0
-        for token, draft, row in zip(drawn, item.tokens[1:], logits, strict=True):
-            if token != draft:
-                break
-            right += 1
-            event = call.drawn(token, row)
-            if event is not None:
-                self.emit(event)
-            if call.finish_reason is not None:
-                break
-        call.drafted(item.drafts, right)
-        return 1 + right - (call.finish_reason is not None)
-
     # -- calls whose tokens are computed ----------------------------------------------------------------
 
     def _advance(self) -> None:
         """Let every call that needs no more computation act, until none does."""
         while True:
-            ready = [call for call in self._heads() if not call.left]
+            ready = [call for call in self._heads() if not call.left and not _waits(call)]
             drawing = [call for call in ready if isinstance(call, GenerateCall)]
             scored = [call for call in ready if isinstance(call, ScoreCall)]
             for call in scored:
@@ -322,6 +321,10 @@ class Core:
         place = sequence.calls.index(call)
         del sequence.calls[place]
         (sequence.calls[place - 1] if place else sequence).append(call.then_extend, call.then_cuts)
+
+
+def _waits(call: Call) -> bool:
+    return isinstance(call, GenerateCall) and call.waits
 
 
 def failure(call: int, error: WeftError) -> m.Failed:

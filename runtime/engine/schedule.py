@@ -14,17 +14,19 @@ from weft.runtime.engine.pace import Drafting
 from weft.runtime.engine.sequences import Memory, Sequence
 
 _PATIENCE = 16  # times that a call is passed over by younger ones whose prefix is known
+_MOST_CERTAIN = 7  # drafts of a grammar in one step; the compressors' raw state can take back so many
 _WORTH_WAITING = 64  # tokens that another call is about to compute too
 
 
 @dataclass
 class Work:
-    """Tokens of one call to run in this step. drafts: how many of the last ones are, or will be, guesses.
-    keeps_rows: the MTP block's rows of these tokens are kept."""
+    """Tokens of one call to run in this step. drafts: how many of the last ones are, or will be, drafts. guessed:
+    by the MTP block, not by a grammar. keeps_rows: the MTP block's rows of these tokens are kept."""
 
     call: Call
     tokens: list[int]
     drafts: int = 0
+    guessed: bool = False
     keeps_rows: bool = False
 
     @property
@@ -108,15 +110,16 @@ class Scheduler:
             if count == 0:
                 continue
             wanted = self._to_draft(call, cost) if left == 1 else 0
-            drafts = 0 if plain else self._may_draft(call, wanted)
+            certain = self._certain(call) if left == 1 else []
+            drafts = len(certain) or (0 if plain else self._may_draft(call, wanted))
             if not self._memory.reserve(call, count + drafts):
                 if not call.has_run:
                     self._memory.let_go(call.sequence, checkpoint=False)  # do not sit on a slot
                 continue
-            start = call.sequence.computed
+            tokens = call.sequence.tokens[call.sequence.computed :][:count] + certain
             draws = left == 1 and isinstance(call, GenerateCall)
             keeps = self.drafting.most > 0 and (wanted > 0 or not draws)
-            work.append(Work(call, call.sequence.tokens[start : start + count], drafts, keeps))
+            work.append(Work(call, tokens, drafts, bool(drafts and not certain), keeps))
             if left > 1:
                 budget -= count
         return work
@@ -133,16 +136,26 @@ class Scheduler:
         """How many of them now: none before the first token is drawn, nor where others would have to give way."""
         if not wanted or not isinstance(call, GenerateCall) or not call.drawn_count:
             return 0
-        state = call.sequence.held
-        wanted = min(wanted, call.params.max_tokens - call.drawn_count - 1) if state.can_draft else 0
-        while wanted > 0 and not state.can_reserve(1 + wanted):
+        return self._room(call, wanted) if call.sequence.held.can_draft else 0
+
+    def _certain(self, call: Call) -> list[int]:
+        """Tokens that a grammar leaves no choice about, as far as there is room for them."""
+        if not isinstance(call, GenerateCall) or not call.drawn_count or call.sequence.held.behind:
+            return []
+        certain = call.certain(_MOST_CERTAIN)
+        return certain[: self._room(call, len(certain))]
+
+    def _room(self, call: GenerateCall, wanted: int) -> int:
+        """How many of so many drafts it may have: not more than it may draw, nor than fit now."""
+        wanted = min(wanted, call.params.max_tokens - call.drawn_count - 1)
+        while wanted > 0 and not call.sequence.held.can_reserve(1 + wanted):
             wanted -= 1
         return max(wanted, 0)
 
     def took(self, work: list[Work], seconds: float) -> None:
         """The step of this work took so long, what keeps rows for later drafts left out."""
         depths = {item.drafts for item in work}
-        if len(depths) == 1 and all(item.drafts or len(item.tokens) == 1 for item in work):
+        if len(depths) == 1 and all(item.guessed or len(item.tokens) == 1 for item in work):
             self.drafting.took(len(work), depths.pop(), seconds)
 
     def ended(self, call: GenerateCall) -> None:

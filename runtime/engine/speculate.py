@@ -12,16 +12,18 @@ kept then: later calls on the history begin with a gap and may draft worse, noth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from weft.runtime.cache.base import Span
 from weft.runtime.decoding.sampler import sample
+from weft.runtime.engine import messages as m
 from weft.runtime.engine.schedule import Work
 from weft.runtime.model.batch import Batch
 from weft.runtime.model.model import Model
+from weft.runtime.model.verify import TakeBack
 
 
 class Drafter:
@@ -34,7 +36,7 @@ class Drafter:
 
     def propose(self, work: Sequence[Work]) -> None:
         """Append to the tokens of each item as many drafts as it asks for; their rows are reserved."""
-        asking = [(item, item.generating) for item in work if item.drafts]
+        asking = [(item, item.generating) for item in work if item.guessed]
         if not asking:
             return
         pools = asking[0][0].call.sequence.held.pools
@@ -55,18 +57,20 @@ class Drafter:
             more = [i for i, (item, _) in enumerate(asking) if item.drafts > depth]
             asking, h = [asking[i] for i in more], h[more]
 
-    def verify(self, work: Sequence[Work], rows: Sequence[Tensor]) -> list[tuple[Tensor, list[int]]]:
-        """Per item with drafts, in order: the logits of all its rows but the last, and the tokens drawn from them.
+    def accept(
+        self, work: Sequence[Work], rows: list[Tensor], back: TakeBack, emit: Callable[[m.Event], None]
+    ) -> None:
+        """Draw for as long as the drafts are right; cut items and rows to what was.
 
         rows: [n, hc, D] of each item. A row counts only if the drafts before it are right."""
-        asking = [(item, own) for item, own in zip(work, rows, strict=True) if item.drafts]
-        if not asking:
-            return []
-        logits = self._model.logits(torch.cat([own[:-1] for _, own in asking]))
-        draws = [item.generating.draw(item.tokens[1 : 1 + i]) for item, _ in asking for i in range(item.drafts)]
+        asking = [(number, item) for number, item in enumerate(work) if item.drafts]
+        logits = self._model.logits(torch.cat([rows[number][:-1] for number, _ in asking]))
+        draws = [item.generating.draw(item.tokens[1 : 1 + i]) for _, item in asking for i in range(item.drafts)]
         drawn = iter(sample(logits[:, : self._defined], draws))
-        parts = logits.split([item.drafts for item, _ in asking])
-        return [(part, [next(drawn) for _ in part]) for part in parts]
+        for (number, item), part in zip(asking, logits.split([item.drafts for _, item in asking]), strict=True):
+            kept = _kept(item, [next(drawn) for _ in part], part, emit)
+            back.keep(number, kept, rows[number])
+            rows[number], item.tokens = rows[number][:kept], item.tokens[:kept]
 
     def settle(self, work: Sequence[Work], rows: Sequence[Tensor], previous: Tensor) -> None:
         """Write the block's rows of what a step has computed, before it is committed: each needs the token behind
@@ -80,7 +84,7 @@ class Drafter:
             if not item.keeps_rows:
                 continue
             state = item.call.sequence.held
-            known = bool(state.length and not item.drafts)  # the row before is due too; to draft, it was written
+            known = bool(state.length and not item.guessed)  # the row before is due too; to guess, it was written
             count = len(item.tokens) - 1 + known
             if count:
                 span = Span(state.slot, state.length - known, count, state.chain, state.floor)
@@ -90,3 +94,19 @@ class Drafter:
         if spans:
             pools = work[0].call.sequence.held.pools
             self._model.forward_mtp(torch.cat(streams), torch.tensor(ids), Batch(pools, spans))
+
+
+def _kept(item: Work, drawn: Sequence[int], logits: Tensor, emit: Callable[[m.Event], None]) -> int:
+    """How many rows count: the last token that was known, and the drafts that were drawn and go on."""
+    call, right = item.generating, 0
+    for token, draft, row in zip(drawn, item.tokens[1:], logits, strict=True):
+        if token != draft:
+            break
+        right += 1
+        event = call.drawn(token, row)
+        if event is not None:
+            emit(event)
+        if call.finish_reason is not None:
+            break
+    call.drafted(item.drafts, right, guessed=item.guessed)
+    return 1 + right - (call.finish_reason is not None)

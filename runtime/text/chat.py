@@ -17,7 +17,7 @@ from weft.runtime.errors import CheckpointError, RequestError
 from weft.runtime.text.chat_output import ReplyFormat
 from weft.runtime.text.chat_request import convert
 from weft.runtime.text.tokenizer import Tokenizer
-from weft.runtime.text.tokens import ASSISTANT, EOS, LEADING, THINK_END, THINK_START, TRAILING
+from weft.runtime.text.tokens import ASSISTANT, BOS, EOS, LEADING, THINK_END, THINK_START, TRAILING, USER
 
 # Which texts ask for reasoning effort: those of the first release, or those of the 0731 refresh and later ones.
 Generation = Literal["april", "0731"]
@@ -80,6 +80,14 @@ def render(
         response_format=response_format,
     )
     return encode(tokenizer, request, generation=generation, drawn=drawn)
+
+
+def tools_text(tools: Sequence[Mapping[str, Any]]) -> str:
+    """What the layout tells the model about tools, to stand where a system text does."""
+    asked = [{"role": "user", "content": ""}]
+    request = convert(asked, thinking=False, effort=None, tools=tools, tool_choice="auto", response_format=None)
+    text: str = _ENCODING.render_conversation(request.conversation).prompt
+    return text[: text.index(USER)].removeprefix(BOS)
 
 
 def encode(

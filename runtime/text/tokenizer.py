@@ -33,6 +33,11 @@ class Tokenizer:
         tokenizer.check()
         return tokenizer
 
+    def to_json(self) -> str:
+        """The text of a tokenizer.json."""
+        text: str = self._backend.to_str()
+        return text
+
     def check(self) -> None:
         """Raise `CheckpointError` unless it has BOS and EOS and all its tokens are bytes."""
         _ = self.bos, self.eos

@@ -34,22 +34,18 @@ def unsupported(rig: Rig, field: str, expression: Any) -> None:
     assert str(error).startswith(f"{field} = "), error
 
 
-def probe_regex_is_refused(rig: Rig) -> None:
-    unsupported(rig, "regex", sgl.gen("x", regex="[0-9]+"))
-
-
-def probe_json_schema_is_refused(rig: Rig) -> None:
-    unsupported(rig, "json_schema", sgl.gen("x", json_schema='{"type": "object"}'))
-
-
-def probe_dtype_is_refused(rig: Rig) -> None:
-    for dtype in (int, float, bool, str, "int"):
-        unsupported(rig, "dtype", sgl.gen("x", dtype=dtype))
-
-
-def probe_gen_int_and_gen_string_are_refused(rig: Rig) -> None:
-    unsupported(rig, "dtype", sgl.gen_int("x", max_tokens=4))
-    unsupported(rig, "dtype", sgl.gen_string("x", max_tokens=4))
+def probe_grammars_that_are_none(rig: Rig) -> None:
+    for field, value in (
+        ("regex", "a(?=b)b"),
+        ("json_schema", '{"type": "array", "uniqueItems": true}'),
+        ("json_schema", "{"),
+        ("dtype", "complex"),
+    ):
+        error = refusal(rig, sgl.gen("x", max_tokens=8, **{field: value}))
+        same(error.field, field)
+        same(error.value, value)
+    assert "uniqueItems" in str(refusal(rig, sgl.gen("x", json_schema='{"uniqueItems": true, "type": "array"}')))
+    same(refusal(rig, sgl.gen("x", regex="a", json_schema="{}")).field, "regex")
 
 
 def probe_images_are_refused(rig: Rig) -> None:
@@ -132,6 +128,6 @@ def probe_a_program_goes_on_after_a_refusal(rig: Rig) -> None:
         s += "Give me " + sgl.gen("x", max_tokens=6, temperature=0)
 
     expected = rig.run(plain)["x"]
-    refusal(rig, sgl.gen("x", regex="a"))
+    refusal(rig, sgl.gen("x", regex="a(?=b)"))
     refusal(rig, "w" * 2000 + sgl.gen("x"))
     same(rig.run(plain)["x"], expected)

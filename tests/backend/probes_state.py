@@ -242,8 +242,8 @@ def probe_without_threads(rig: Rig) -> None:
     state = program.run({}, backend=rig.backend, use_thread=False)
     same(state["x"], rig.complete("A", max_tokens=3).text)
     try:
-        program.run({"regex": "a"}, backend=rig.backend, use_thread=False)
+        program.run({"regex": "a(?=b)"}, backend=rig.backend, use_thread=False)
     except ValueError as error:
-        assert str(error).startswith("regex = 'a'"), error
+        assert str(error).startswith("regex = 'a(?=b)'"), error
     else:
         raise AssertionError("accepted")

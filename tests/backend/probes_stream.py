@@ -11,7 +11,7 @@ import sglang as sgl
 
 from support.engine import wait_for
 from support.programs import Rig, reciting, same
-from weft.runtime.errors import UnsupportedError
+from weft.runtime.errors import RequestError
 
 T = TypeVar("T")
 GEN = {"max_tokens": 6, "temperature": 0, "ignore_eos": True}
@@ -173,12 +173,12 @@ def probe_error_while_streaming(rig: Rig) -> None:
     @sgl.function
     def program(s: Any, question: str) -> None:
         s += question + sgl.gen("a", **GEN)
-        s += sgl.gen("b", regex="x")
+        s += sgl.gen("b", regex="x(?=y)")
 
     state = stream(rig, program)
     assert "".join(state.text_iter()).startswith("Why?")
     error = rig.error(state)
-    assert isinstance(error, UnsupportedError), repr(error)
+    assert isinstance(error, RequestError), repr(error)
     same(error.field, "regex")
 
 

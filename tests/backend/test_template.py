@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from sglang.lang.ir import SglSamplingParams
+from sglang.lang.ir import REGEX_BOOL, REGEX_INT, SglSamplingParams
 
 from weft.backend.convert import (
     count_of,
@@ -18,9 +18,9 @@ from weft.backend.convert import (
     top_entries,
 )
 from weft.backend.template import DeepSeekV4Template
-from weft.runtime.decoding.params import SamplingParams
+from weft.runtime.decoding.params import Grammar, SamplingParams
 from weft.runtime.engine import messages as m
-from weft.runtime.errors import RequestError, UnsupportedError
+from weft.runtime.errors import RequestError
 
 
 def talk(*roles: str) -> list[dict[str, Any]]:
@@ -116,11 +116,20 @@ def test_logprobs(asked: bool | None, top: Any, logprobs: int | None) -> None:
     assert sampling_params(params).logprobs == logprobs
 
 
-@pytest.mark.parametrize("field", ["dtype", "regex", "json_schema"])
-def test_what_comes_later_is_refused(field: str) -> None:
-    with pytest.raises(UnsupportedError) as caught:
-        sampling_params(SglSamplingParams(**{field: "x"}))
-    assert (caught.value.field, caught.value.value) == (field, "x")
+def test_grammars() -> None:
+    def grammar(**fields: Any) -> Grammar | None:
+        return sampling_params(SglSamplingParams(**fields), thinking=True).grammar
+
+    assert grammar() is None
+    assert grammar(regex="a+") == Grammar("regex", "a+", thinking=True)
+    assert grammar(json_schema="{}") == Grammar("json_schema", "{}", thinking=True)
+    assert grammar(dtype=int) == grammar(dtype="int") == Grammar("regex", REGEX_INT, thinking=True)
+    assert grammar(dtype="bool", regex="a") == Grammar("regex", REGEX_BOOL, thinking=True)
+    assert sampling_params(SglSamplingParams(dtype=float, stop="x")).stop == ("x", " ", "\n")
+    for field, value in (("dtype", "x"), ("regex", 5), ("json_schema", {"type": "string"})):
+        with pytest.raises(RequestError) as caught:
+            grammar(**{field: value})
+        assert (caught.value.field, caught.value.value) == (field, value)
 
 
 def test_strings() -> None:

@@ -1,0 +1,169 @@
+"""Outputs held to a regular expression, a JSON schema, a Lark grammar or a list of choices, through llguidance.
+
+Grammars are compiled, and masks computed, by threads beside the core; llguidance gives up the interpreter's lock
+meanwhile. While a step computes tokens, the masks of what may follow them are on their way; if that is not known
+yet (a draft was wrong), the mask is waited for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import llguidance
+import numpy as np
+from numpy.typing import NDArray
+
+from weft.runtime.decoding.params import Grammar
+from weft.runtime.errors import RequestError
+from weft.runtime.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+_REASON = 300  # characters of an explanation
+Mask = NDArray[np.bool_]
+# One way to write a document, that of `json.dumps`: what is between values is then certain.
+_JSON: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# Several times what large schemas take; a grammar that needs more is refused.
+_LIMITS = llguidance.LLParserLimits(max_lexer_states=250_000, max_grammar_size=500_000, step_max_items=100_000)
+
+
+class Grammars:
+    """Compiled grammars of one tokenizer, the most recently used ones kept. Closes its threads with the core."""
+
+    def __init__(self, tokenizer: Tokenizer, threads: int = 2, kept: int = 256) -> None:
+        self._size = tokenizer.size
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="weft-grammar")
+        self._own = llguidance.LLTokenizer(tokenizer.to_json(), n_vocab=tokenizer.size, eos_token=tokenizer.eos)
+        self._kept = kept
+        self._compiled: OrderedDict[Grammar, Future[Any]] = OrderedDict()
+
+    def constraint(self, grammar: Grammar) -> Constraint:
+        """One for an output. Asks for the grammar to be compiled, unless it was."""
+        if grammar not in self._compiled:
+            self._compiled[grammar] = self._pool.submit(self._compile, grammar)
+        self._compiled.move_to_end(grammar)
+        while len(self._compiled) > self._kept:
+            self._compiled.popitem(last=False)
+        return Constraint(grammar, self._compiled[grammar], self._pool, self._size)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _compile(self, grammar: Grammar) -> Any:
+        """A matcher at the beginning; raises `RequestError` naming what is wrong."""
+        try:
+            source = _source(grammar)
+        except ValueError as error:
+            raise RequestError(grammar.kind, grammar.text, str(error)) from None
+        matcher = llguidance.LLMatcher(self._own, source, log_level=0, limits=_LIMITS)
+        if matcher.is_error():
+            raise RequestError(grammar.kind, grammar.text, " ".join(matcher.get_error().split())[:_REASON])
+        return matcher
+
+
+def _source(grammar: Grammar) -> str:
+    own = llguidance.LLMatcher
+    match grammar.kind:
+        case "regex":
+            return own.grammar_from_regex(grammar.text)
+        case "json_schema":
+            return own.grammar_from_json_schema(grammar.text, overrides=_JSON)
+        case "lark":
+            return own.grammar_from_lark(grammar.text)
+        case "choices":
+            choices = " | ".join(json.dumps(choice) for choice in json.loads(grammar.text))
+            return own.grammar_from_lark(f"start: {choices}")
+
+
+class Constraint:
+    """Where one output is in its grammar. Used by one thread, but for the masks that it has asked for."""
+
+    def __init__(self, grammar: Grammar, compiled: Future[Any], pool: ThreadPoolExecutor, size: int) -> None:
+        self.grammar = grammar
+        self._compiled = compiled
+        self._pool = pool
+        self._size = size
+        self._own: Any = None
+        # The masks asked for: that of now, and those behind each of `_ahead`.
+        self._ahead: list[int] = []
+        self._masks: Future[list[Mask]] | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the grammar is compiled, or was refused."""
+        return self._compiled.done()
+
+    @property
+    def error(self) -> RequestError | None:
+        """Why it was refused."""
+        error = self._compiled.exception() if self._compiled.done() else None
+        assert error is None or isinstance(error, RequestError)
+        return error
+
+    @property
+    def _matcher(self) -> Any:
+        if self._own is None:
+            self._own = self._compiled.result().deep_copy()
+        return self._own
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing can follow."""
+        return bool(self._settled().is_stopped())
+
+    def certain(self, most: int) -> list[int]:
+        """Tokens that follow in any case, or in the way they are usually written; at most so many."""
+        tokens: list[int] = self._settled().compute_ff_tokens()
+        return tokens[:most]
+
+    def prepare(self, ahead: Sequence[int] = ()) -> None:
+        """Have the mask of now computed, and those behind each of these tokens, as far as they are allowed."""
+        matcher, self._ahead = self._settled(), list(ahead)
+        self._masks = self._pool.submit(_masks, matcher, self._ahead, self._size)
+
+    def mask(self, ahead: Sequence[int] = ()) -> Mask:
+        """[V] what is allowed now, or behind these tokens (anything, if they are not allowed themselves)."""
+        known = self._masks is not None and self._ahead[: len(ahead)] == list(ahead)
+        if not known:
+            self.prepare(ahead)
+        assert self._masks is not None
+        masks = self._masks.result()
+        return masks[len(ahead)] if len(ahead) < len(masks) else np.ones(self._size, np.bool_)
+
+    def take(self, token: int) -> None:
+        """The token was drawn; it was allowed."""
+        masks, self._masks = self._masks, None
+        taken = self._after(masks).consume_token(token)
+        assert taken, "a token was drawn that the grammar does not allow"
+        if masks is not None and self._ahead[:1] == [token]:
+            rest: Future[list[Mask]] = Future()
+            rest.set_result(masks.result()[1:])
+            self._ahead, self._masks = self._ahead[1:], rest
+
+    def _settled(self) -> Any:
+        """The matcher, which no thread is using."""
+        return self._after(self._masks)
+
+    def _after(self, masks: Future[list[Mask]] | None) -> Any:
+        if masks is not None:
+            masks.result()
+        return self._matcher
+
+
+def _masks(matcher: Any, ahead: Sequence[int], size: int) -> list[Mask]:
+    """Runs in a thread of its own; the matcher is where it was when it is done."""
+    masks, taken = [], 0
+    for i in range(len(ahead) + 1):
+        bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+        masks.append(np.unpackbits(bits, bitorder="little")[:size].astype(np.bool_))
+        if i == len(ahead) or not masks[-1][ahead[i]] or matcher.try_consume_tokens([ahead[i]]) != 1:
+            break
+        taken += 1
+    if taken:
+        matcher.rollback(taken)
+    return masks
