@@ -156,8 +156,8 @@ class Core:
         """Run one batch: a token of every decoding call, and prefill chunks up to the budget."""
         self._expire()
         self._advance()
-        heads = self._heads()
-        active = sorted((call for call in heads if call.left or not _waits(call)), key=lambda call: call.id)
+        heads = sorted(self._heads(), key=lambda call: call.id)
+        active = [call for call in heads if call.left or not _waits(call)]
         if heads and not active:
             time.sleep(_MOMENT)  # for grammars
             return
@@ -170,6 +170,9 @@ class Core:
             if work:
                 break
             served = self.scheduler.take_memory(active, self.sequences.values())
+            if served is None and any(map(_waits, heads)):
+                time.sleep(_MOMENT)  # one that holds memory waits for its grammar
+                return
             if served is None:
                 self._fail(active[0], Overloaded("no KV memory left and no running call will free any"))
                 return

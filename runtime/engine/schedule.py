@@ -116,7 +116,8 @@ class Scheduler:
                 if not call.has_run:
                     self._memory.let_go(call.sequence, checkpoint=False)  # do not sit on a slot
                 continue
-            tokens = call.sequence.tokens[call.sequence.computed :][:count] + certain
+            start = call.sequence.computed
+            tokens = call.sequence.tokens[start : start + count] + certain
             draws = left == 1 and isinstance(call, GenerateCall)
             keeps = self.drafting.most > 0 and (wanted > 0 or not draws)
             work.append(Work(call, tokens, drafts, bool(drafts and not certain), keeps))

@@ -103,7 +103,7 @@ def test_hopeless_drafts_end(monkeypatch: pytest.MonkeyPatch) -> None:
         usage = finish(
             engine.generate(PROMPT, SamplingParams(max_tokens=200, temperature=0, ignore_eos=True))
         ).usage
-    assert usage.accepted < 3 and 4 <= usage.drafted < 40
+    assert usage.accepted < 3 and 1 <= usage.drafted < 40
 
 
 def test_a_model_without_the_block_drafts_nothing_and_depth_has_bounds() -> None:
