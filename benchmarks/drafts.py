@@ -2,23 +2,24 @@
 
     python benchmarks/drafts.py [--turns 3]
 
-Two kinds of calls, 1, 4 and 16 at a time: held-out dialogues (their last turn, greedy), and text that nobody can
-guess (the same prompts, drawn at temperature 3). Each with 0 to 3 drafts, in turn within one process; medians. The
-tokens are the same at every depth, or it stops. Per row: tokens a second, the ratio to no drafts, drafts and how
-many of them were right.
+Three kinds of calls, 1, 4 and 16 at a time: held-out dialogues (their last turn, greedy), the same prompts with
+their answers held to a JSON schema of four fields, and text that nobody can guess (drawn at temperature 3). Each
+with 0 to 3 drafts, in turn within one process; medians. The tokens are the same at every depth, or it stops. Per
+row: tokens a second, the ratio to no drafts, drafts and how many of them were right.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import statistics
 import time
 from typing import Any
 
 from support.record import record
 from weft.runtime.cache.capacity import PoolSizes
-from weft.runtime.decoding.params import SamplingParams
+from weft.runtime.decoding.params import Grammar, SamplingParams
 from weft.runtime.embedded.data import TASKS
 from weft.runtime.embedded.scoring import held_out, turns
 from weft.runtime.engine.config import CoreLimits, EngineConfig
@@ -27,8 +28,20 @@ from weft.runtime.engine.handle import Output
 from weft.runtime.text.chat import render
 
 DEPTHS = (0, 1, 2, 3)
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "destination_city": {"type": "string", "maxLength": 12},
+        "number_of_passengers": {"type": "integer", "minimum": 1, "maximum": 999},
+        "preferred_color": {"enum": ["red", "green", "blue"]},
+        "confirmed_by_customer": {"type": "boolean"},
+    },
+    "required": ["destination_city", "number_of_passengers", "preferred_color", "confirmed_by_customer"],
+    "additionalProperties": False,
+}
 KINDS = {
     "dialogues": SamplingParams(max_tokens=160, temperature=0),
+    "json": SamplingParams(max_tokens=160, temperature=0, grammar=Grammar("json_schema", json.dumps(SCHEMA))),
     "unguessable": SamplingParams(max_tokens=96, temperature=3.0, seed=1, ignore_eos=True),
 }
 

@@ -15,7 +15,8 @@ Dtype = Literal["float32", "bfloat16"]
 @dataclass(frozen=True)
 class CoreLimits:
     """chunk: prefill tokens per step over all sequences. queue: calls accepted and not finished.
-    drafts: tokens that the MTP block may guess per step and call, 0 to 7; a model without one drafts none.
+    drafts: tokens that the MTP block may guess per step and call, 0 to 7; with 0, what a grammar makes certain is
+    not drafted either.
     restarts: times a core that died is replaced before the engine gives up."""
 
     chunk: int = 512

@@ -52,7 +52,7 @@ class Core:
         self.pools = pools
         drafts = limits.drafts if model.config.has_mtp else 0
         self.memory = Memory(pools, mtp=drafts > 0)
-        self.scheduler = Scheduler(self.memory, limits.chunk, drafts)
+        self.scheduler = Scheduler(self.memory, limits.chunk, drafts, certain=limits.drafts > 0)
         self.drafter = Drafter(model, tokenizer.size)
         self._grammars: Grammars | None = None
         self.tokenizer = tokenizer

@@ -39,11 +39,13 @@ class Work:
 class Scheduler:
     """Continuous batching: decodes, one token each, then prefill chunks up to a budget."""
 
-    def __init__(self, memory: Memory, chunk: int, drafts: int = 0) -> None:
-        """drafts: tokens that a decoding call may draft per step."""
+    def __init__(self, memory: Memory, chunk: int, drafts: int, *, certain: bool) -> None:
+        """drafts: tokens that the MTP block may guess for a decoding call per step.
+        certain: what grammars leave no choice about is drafted."""
         self._memory = memory
         self._chunk = chunk
         self.drafting = Drafting(drafts)
+        self._most_certain = _MOST_CERTAIN if certain else 0
         self.usual = Usual()
         self.preempted = 0  # calls that gave way so far
 
@@ -143,7 +145,7 @@ class Scheduler:
         """Tokens that a grammar leaves no choice about, as far as there is room for them."""
         if not isinstance(call, GenerateCall) or not call.drawn_count or call.sequence.held.behind:
             return []
-        certain = call.certain(_MOST_CERTAIN)
+        certain = call.certain(self._most_certain) if self._most_certain else []
         return certain[: self._room(call, len(certain))]
 
     def _room(self, call: GenerateCall, wanted: int) -> int:

@@ -152,7 +152,7 @@ def test_what_is_certain_takes_no_steps_of_its_own() -> None:
     )
     gate = Gate()
     params = SamplingParams(max_tokens=100, temperature=0, grammar=Grammar("json_schema", schema))
-    with running(gate) as engine:
+    with running(gate, drafts=1) as engine:
         output = finish(engine.generate(PROMPT, params))
     assert set(json.loads(output.text)) == {"a long and certain name", "another"}
     assert len(output.tokens) > 50 and len(gate.steps) < 3 + len(output.tokens) / 4
