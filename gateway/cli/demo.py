@@ -1,13 +1,9 @@
-"""`weft demo`: write a small checkpoint, load it, run a forking program, and show what that took."""
+"""`weft demo`: three programs on the embedded model, what they answer and what that took."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import tempfile
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -15,62 +11,103 @@ from rich.table import Table
 
 from weft.backend.language import DeepSeekV4Backend
 from weft.gateway.cli.run import load_program
-from weft.runtime.checkpoint.dummy import write_dummy_checkpoint
-from weft.runtime.config import preset
 from weft.runtime.engine.front import Engine
-from weft.runtime.text.tokenizer import byte_tokenizer_json
 
-# Named, not imported: the library of programs stands above the gateway.
-_PROGRAM = "weft.programs.tour:tour"
+_BOSSES = {"Malles": "Tolkar", "Rornal": "Vommas"}
+_ROOMS = {"Tolkar": "423", "Vommas": "118"}
+_FACTS = (
+    "The city of Karkes is Ponlos. Susfem: room 926. For Vommas the city is Lumlus. Vommas has the pet goat. "
+    "Note: the city of Tinasor is Gangor. The room of Vommas is 118."
+)
+_RECORD = {"name": "Rorna", "city": "Besnim", "seat": 556, "color": "blue", "ship": "Gunsis"}
 
 
 def run(args: argparse.Namespace) -> int:
-    console = Console()
-    with _folder(args.keep) as path:
-        started = time.perf_counter()
-        write_dummy_checkpoint(path, preset("tiny"), args.seed, tokenizer_json=byte_tokenizer_json())
-        written = time.perf_counter()
-        with Engine.load(path) as engine:
-            loaded = time.perf_counter()
-            console.print(
-                f"preset tiny, random weights (seed {args.seed}): FP8/FP4 checkpoint written in "
-                f"{written - started:.1f} s, loaded in {loaded - written:.1f} s, "
-                f"{engine.capacity.line()}"
-            )
-            backend = DeepSeekV4Backend(engine)
-            state = load_program(_PROGRAM).run(topic="a loom", backend=backend)
-            _show(console, state, time.perf_counter() - loaded)
-            error = state.error()
+    console = Console(highlight=False)
+    started = time.perf_counter()
+    with Engine.embedded() as engine:
+        console.print(
+            f"embedded model ({engine.model_config.num_hidden_layers} layers, FP8/FP4) loaded in "
+            f"{time.perf_counter() - started:.1f} s; {engine.capacity.line()}"
+        )
+        backend = _Counting(engine)
+        try:
+            for name, arguments, results in _programs():
+                _show(console, backend, name, arguments, results)
+        finally:
             backend.shutdown()
-    if error is not None:
-        raise error
     return 0
 
 
-@contextlib.contextmanager
-def _folder(keep: str | None) -> Iterator[Path]:
-    if keep:
-        yield Path(keep)
-    else:
-        with tempfile.TemporaryDirectory(prefix="weft-demo-") as name:
-            yield Path(name)
+def _programs() -> list[tuple[str, dict[str, Any], tuple[str, ...]]]:
+    """Name, arguments, and the variables to show. Named, not imported: the programs stand above the gateway."""
+    question = "What is the room of the boss of Malles? Then add 5."
+    return [
+        ("tool_agent", {"question": question, "tools": _tools(), "run": _run_tool}, ("calls", "answer")),
+        (
+            "fork_and_judge",  # hot enough for some answers to be wrong
+            {"facts": _FACTS, "attribute": "city", "name": "Vommas", "temperature": 2.3},
+            ("answers", "verdicts", "answer"),
+        ),
+        ("extraction", {"record": _RECORD, "fields": ["seat", "city", "color", "ship"]}, ("found",)),
+    ]
 
 
-def _show(console: Console, state: Any, seconds: float) -> None:
-    console.rule("the program's text (random weights write noise; the network, cache and programs are real)")
-    console.print(repr(state.text()), markup=False, highlight=False, soft_wrap=True)
-    table = Table("variable", "prompt", "from KV", "computed", "generated", "first token ms", "total ms")
-    generated = 0
-    for name, meta in state["figures"].items():
-        generated += meta["completion_tokens"]
-        table.add_row(
-            name,
-            *(
-                str(meta[key])
-                for key in ("prompt_tokens", "cached_tokens", "computed_tokens", "completion_tokens")
-            ),
-            f"{meta['first_token_latency'] * 1e3:.1f}",
-            f"{meta['e2e_latency'] * 1e3:.1f}",
-        )
+def _tools() -> list[dict[str, Any]]:
+    return [
+        _tool("get_boss", "Look up the boss.", "name"),
+        _tool("get_room", "Get the room.", "name"),
+        _tool("calculator", "Compute.", "expression"),
+    ]
+
+
+def _tool(name: str, description: str, argument: str) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": {argument: {"type": "string"}}, "required": [argument]}
+    return {
+        "type": "function",
+        "function": {"name": name, "description": description, "parameters": parameters},
+    }
+
+
+def _run_tool(name: str, arguments: dict[str, Any]) -> str:
+    if name == "calculator":
+        left, sign, right = str(arguments.get("expression")).split(" ")
+        return str({"+": int.__add__, "-": int.__sub__, "*": int.__mul__}[sign](int(left), int(right)))
+    known = {"get_boss": _BOSSES, "get_room": _ROOMS}.get(name, {})
+    return known.get(str(arguments.get("name")), "error: not found")
+
+
+class _Counting(DeepSeekV4Backend):
+    """Notes what each generation took."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self.metas: list[dict[str, Any]] = []
+
+    def generate(self, s: Any, sampling_params: Any) -> tuple[str | list[str], Any]:
+        text, meta = super().generate(s, sampling_params)
+        self.metas.append(meta)
+        return text, meta
+
+
+def _show(
+    console: Console, backend: _Counting, name: str, arguments: dict[str, Any], results: tuple[str, ...]
+) -> None:
+    backend.metas.clear()
+    started = time.perf_counter()
+    state = load_program(f"weft.programs.{name}:{name}").run(backend=backend, **arguments)
+    if (error := state.error()) is not None:
+        raise error
+    values = {result: state[result] for result in results}
+    seconds = time.perf_counter() - started
+    console.rule(name)
+    for key, value in arguments.items():
+        if isinstance(value, (str, dict, float)):
+            console.print(f"{key}: {value}", markup=False, soft_wrap=True)
+    for key, value in values.items():
+        console.print(f"-> {key}: {value}", markup=False, soft_wrap=True)
+    keys = ("prompt_tokens", "cached_tokens", "computed_tokens", "completion_tokens")
+    table = Table("generations", "prompt tokens", "from KV", "computed", "generated", "seconds")
+    sums = (str(sum(meta[key] for meta in backend.metas)) for key in keys)
+    table.add_row(str(len(backend.metas)), *sums, f"{seconds:.2f}")
     console.print(table)
-    console.print(f"{generated} tokens generated in {seconds:.2f} s, all states together")

@@ -10,7 +10,7 @@ from pathlib import Path
 from weft.runtime.decoding.params import SamplingParams
 from weft.runtime.engine import messages as m
 from weft.runtime.engine.config import EngineConfig
-from weft.runtime.engine.front import Engine
+from weft.runtime.engine.front import EMBEDDED, Engine
 from weft.runtime.errors import RequestError
 from weft.runtime.text.tokenizer import Tokenizer
 
@@ -55,7 +55,8 @@ def _row(result: m.Logprob, tokenizer: Tokenizer) -> str:
 
 def load_engine(args: argparse.Namespace) -> Engine:
     config = EngineConfig(dtype=args.dtype, quant_sim=args.quant_sim)
-    engine = Engine.load(Path(args.model), config, _show_progress)
+    path = EMBEDDED if args.model == "embedded" else Path(args.model)
+    engine = Engine.load(path, config, _show_progress)
     print(engine.capacity.line(), file=sys.stderr)
     return engine
 

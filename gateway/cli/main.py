@@ -21,9 +21,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
-    demo = commands.add_parser("demo", help="run a forking multi-turn program on a small random-weight model")
-    demo.add_argument("--seed", type=int, default=0, help="seed of the weights")
-    demo.add_argument("--keep", metavar="DIR", help="write the checkpoint here and keep it")
+    commands.add_parser("demo", help="run three programs on the embedded model")
 
     run = commands.add_parser("run", help="run an sglang program: weft run module:program key=value ...")
     run.add_argument("program", help="module:function of an @sgl.function; the current folder is importable")
@@ -81,9 +79,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", required=True, metavar="DIR", help="checkpoint: config, weights, tokenizer.json"
-    )
+    about = "checkpoint: config, weights, tokenizer.json; default: the model that comes with weft"
+    parser.add_argument("--model", default="embedded", metavar="DIR", help=about)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--quant-sim", action="store_true", help="round KV as the released model does")
 

@@ -43,6 +43,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+def test_the_demo_answers_on_the_embedded_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo"]) == 0
+    said = capsys.readouterr().out
+    for answer in ("-> answer: 428", "-> answer: Lumlus", "'seat': '556'"):
+        assert answer in said
+
+
+def test_the_embedded_model_is_the_default(capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = "<｜User｜>The city of Vommas is Lumlus.\nWhat is the city of Vommas?<｜Assistant｜></think>"
+    assert main(["generate", prompt, "--temperature", "0"]) == 0
+    assert capsys.readouterr().out == "Lumlus\n"
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with a program of a name that no other test imports."""
@@ -188,7 +201,7 @@ def test_an_interrupt_is_status_130(monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["info", "tiny"]) == 130
 
 
-@pytest.mark.parametrize("arguments", [[], ["info"], ["run", "a:b"], ["unheard-of"], ["info", "tiny", "pro"]])
+@pytest.mark.parametrize("arguments", [[], ["info"], ["run"], ["unheard-of"], ["info", "tiny", "pro"]])
 def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
