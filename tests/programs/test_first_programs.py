@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -65,6 +66,7 @@ def test_an_agent_ends_after_so_many_calls(backend: DeepSeekV4Backend) -> None:
 
 def test_a_judge_picks_among_answers(backend: DeepSeekV4Backend) -> None:
     facts = "The city of Karkes is Ponlos. For Vommas the city is Lumlus. The room of Vommas is 118."
+    random.seed(1)  # the seeds of what is drawn, in whatever order
     arguments = {"facts": facts, "attribute": "city", "name": "Vommas", "width": 8}
     state = outcome(fork_and_judge, backend, **arguments, temperature=2.0)
     assert state["answer"] == "Lumlus" and len(state["answers"]) == len(state["verdicts"]) == 8
