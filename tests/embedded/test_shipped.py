@@ -13,7 +13,7 @@ from transformers import DeepseekV4ForCausalLM
 from support import hf
 from weft.runtime.checkpoint.convert import convert
 from weft.runtime.decoding.params import SamplingParams
-from weft.runtime.embedded.data import TASKS
+from weft.runtime.embedded.data import TASKS, TOOL_TASKS
 from weft.runtime.embedded.dialogue import Example
 from weft.runtime.embedded.recipe import CONFIG
 from weft.runtime.embedded.scoring import held_out, score_loops, score_turns
@@ -55,8 +55,8 @@ def test_it_answers_alike_alone_together_and_from_what_is_known(engine: Engine, 
 
 
 def test_it_calls_tools_until_it_can_answer(engine: Engine) -> None:
-    for task in ("calculator", "route", "plan_act"):
-        assert asyncio.run(score_loops(engine, held_out(task, 4))).share >= FLOOR
+    examples = [example for task in TOOL_TASKS for example in held_out(task, 4)]
+    assert asyncio.run(score_loops(engine, examples)).share >= FLOOR
 
 
 def test_transformers_answers_the_same(engine: Engine, tmp_path: Path) -> None:
