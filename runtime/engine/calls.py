@@ -237,7 +237,9 @@ class GenerateCall(Call):
         history, counts = self.sequence.tokens, self._counts
         position = len(history) + len(ahead)
         if ahead:
-            history, counts = [*history, *ahead], counts + Counter(ahead)
+            counts = counts + Counter(ahead)
+            if self.params.repetition_penalty != 1:  # nothing else reads the history
+                history = [*history, *ahead]
         allowed = self.constraint.mask(held) if self.constraint is not None and held is not None else None
         return Draw(self.params, self.params.seed, position, blocked, counts, history, allowed)
 
