@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SAMPLE = 0
+# Purposes: of the token that counts; in fast mode of a draft, and of whether it is accepted.
+SAMPLE, DRAFT, ACCEPT = range(3)
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
@@ -37,14 +38,18 @@ def stream_key(seed: int, position: int, purpose: int = SAMPLE) -> int:
 
 def gumbel(keys: Tensor, width: int) -> Tensor:
     """keys: [B] int64 -> [B, width] float64 standard Gumbel noise."""
+    return -torch.log(-torch.log(uniform(keys, width)))
+
+
+def uniform(keys: Tensor, width: int) -> Tensor:
+    """keys: [B] int64 -> [B, width] float64 between 0 and 1, never one of the two."""
     counter = torch.arange(1, width + 1) * _signed(_GOLDEN)
     x = keys[:, None] + counter
     x = (x ^ _shift(x, 30)) * _signed(_MIX_1)
     x = (x ^ _shift(x, 27)) * _signed(_MIX_2)
     x = x ^ _shift(x, 31)
     # 52 bits and a half fit a double; 53 and a half would round to 1 at the top, and the noise be infinite.
-    uniform = (_shift(x, 12).double() + 0.5) * 2.0**-52
-    return -torch.log(-torch.log(uniform))
+    return (_shift(x, 12).double() + 0.5) * 2.0**-52
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:

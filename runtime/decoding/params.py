@@ -10,15 +10,19 @@ import msgspec
 from weft.runtime.errors import RequestError
 
 MAX_TOP_LOGPROBS = 64
+MAX_GRAMMAR = 1 << 20
 
 
 class Grammar(msgspec.Struct, frozen=True):
     """What an output has to match as a whole. text: a regular expression, a JSON schema, a Lark grammar, or a JSON
-    list of strings. JSON is written as `json.dumps` does. thinking: it begins behind `</think>`."""
+    list of strings; of tool calls, see `decoding.tool_calls`. JSON is written as `json.dumps` does.
+    thinking: it begins behind `</think>`. optional: content comes first, and perhaps nothing else.
+    """
 
-    kind: Literal["regex", "json_schema", "lark", "choices"]
+    kind: Literal["regex", "json_schema", "lark", "choices", "tool_calls", "no_tool_calls"]
     text: str
     thinking: bool = False
+    optional: bool = False
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,6 +99,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("stop", "stop_regex"):
             texts = getattr(self, name)
             _require(all(_is_unicode(text) for text in texts), name, texts, "not Unicode text")
+        if self.grammar is not None:
+            kind, text = self.grammar.kind, self.grammar.text
+            _require(_is_unicode(text), kind, text, "not Unicode text")
+            _require(len(text) <= MAX_GRAMMAR, kind, text[:80], f"longer than {MAX_GRAMMAR} characters")
         _require(all(self.stop), "stop", self.stop, "must not hold an empty string")
         _require(all(self.stop_regex), "stop_regex", self.stop_regex, "must not hold an empty pattern")
         return self

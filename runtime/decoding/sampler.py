@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from weft.runtime.decoding.noise import gumbel, stream_key
+from weft.runtime.decoding.noise import SAMPLE, gumbel, stream_key
 from weft.runtime.decoding.params import SamplingParams
 
 NEG_INF = float("-inf")
@@ -22,7 +22,8 @@ _COLDEST = 2.0**-126
 class Draw:
     """One row to sample. position: index of the token to be drawn in its sequence.
     blocked: token ids that must not be drawn now. counts: how often each output token occurred. history: all
-    tokens so far, read for repetition_penalty only. allowed: [V] what a grammar allows."""
+    tokens so far, read for repetition_penalty only. allowed: [V] what a grammar allows. refused: [V] float64, the
+    probabilities that a draft was drawn with which was rejected (`decoding.rejection`)."""
 
     params: SamplingParams
     seed: int
@@ -31,6 +32,7 @@ class Draw:
     counts: dict[int, int] = field(default_factory=dict)
     history: Sequence[int] = ()
     allowed: NDArray[np.bool_] | None = None
+    refused: Tensor | None = None
 
     def is_plain(self) -> bool:
         """Whether the logits are used as they are."""
@@ -48,22 +50,48 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...]
 
 
-def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
-    """logits: [B, V] float32, not modified -> one token id per row. Ties go to the lower id."""
+def sample(logits: Tensor, draws: Sequence[Draw], purpose: int = SAMPLE) -> list[int]:
+    """logits: [B, V] float32, not modified -> one token id per row. Ties go to the lower id.
+    purpose: of the noise (`decoding.noise`)."""
     scores = _adjust(logits, draws)
     warm = [i for i, draw in enumerate(draws) if draw.params.temperature > 0]
     if warm:
-        rows = torch.tensor(warm)
         chosen = [draws[i] for i in warm]
-        temperature = torch.tensor([max(d.params.temperature, _COLDEST) for d in chosen])
-        # Differences to the best, so that dividing by next to nothing leaves it at 0 and the others at -inf.
-        best = scores[rows].amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
-        scaled = _filter((scores[rows] - best) / temperature[:, None], chosen)
-        keys = torch.tensor([stream_key(d.seed, d.position) for d in chosen])
-        noisy = scaled.double() + gumbel(keys, scores.shape[1])
+        scaled = _scaled(scores[torch.tensor(warm)], chosen).double()
+        for i, draw in enumerate(chosen):
+            if draw.refused is not None:
+                scaled[i] = _excess(scaled[i], draw.refused)
+        keys = torch.tensor([stream_key(d.seed, d.position, purpose) for d in chosen])
+        noisy = scaled + gumbel(keys, scores.shape[1])
         warmed = dict(zip(warm, _first_argmax(noisy), strict=True))
         return [warmed.get(i, token) for i, token in enumerate(_first_argmax(scores))]
     return _first_argmax(scores)
+
+
+def distribution(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """[B, V] float64 probabilities that `sample` draws from, but for `Draw.refused`."""
+    scores = _adjust(logits, draws)
+    table = torch.zeros(scores.shape, dtype=torch.float64)
+    table[torch.arange(len(draws)), torch.tensor(_first_argmax(scores))] = 1
+    warm = [i for i, draw in enumerate(draws) if draw.params.temperature > 0]
+    if warm:
+        rows = torch.tensor(warm)
+        table[rows] = torch.softmax(_scaled(scores[rows], [draws[i] for i in warm]).double(), 1)
+    return table
+
+
+def _excess(scores: Tensor, refused: Tensor) -> Tensor:
+    """[V] log weights of what the distribution has more of than the one that a rejected draft came from."""
+    more = (torch.softmax(scores, 0) - refused).clamp_min(0)
+    return more.log() if more.any() else scores  # equal but for rounding
+
+
+def _scaled(scores: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Adjusted scores of rows that are not greedy, over their temperature and filtered."""
+    temperature = torch.tensor([max(d.params.temperature, _COLDEST) for d in draws])
+    # Differences to the best, so that dividing by next to nothing leaves it at 0 and the others at -inf.
+    best = scores.amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
+    return _filter((scores - best) / temperature[:, None], draws)
 
 
 def logprobs(

@@ -91,6 +91,7 @@ class Recipe:
 
 # More of what is right on phrasings that were trained on and wrong on others.
 _GENERALISE = {task: 0.5 for task in TASKS} | {"two_hop": 4.0, "sort": 3.0, "multiple_choice": 2.0, "judge": 2.0}
+_RETRIEVE = {task: 0.5 for task in TASKS} | {"recall": 4.0, "two_hop": 4.0, "table_extract": 2.0, "sort": 1.0}
 
 RECIPES = {
     "gpu": Recipe(
@@ -108,6 +109,17 @@ RECIPES = {
         seed=1,
         rates=Rates(muon=0.004, adam=4e-4),
         warmup=10,
+        cooldown=1.0,
+    ),
+    # Goes on from that, on a GPU: for facts far back.
+    "far": Recipe(
+        (
+            Stage(0.35, 2048, 32, 2048, 0.3, shipped=True, tasks=_GENERALISE),
+            Stage(0.65, 8192, 8, 8192, 0.6, shipped=True, tasks=_RETRIEVE),
+        ),
+        minutes=23.5,
+        seed=2,
+        rates=Rates(muon=0.01, adam=1e-3),
         cooldown=1.0,
     ),
     # Every stage, in a minute on a CPU; it learns nothing.

@@ -19,11 +19,10 @@ from weft.runtime.engine import messages as m
 from weft.runtime.errors import RequestError
 from weft.runtime.model.model import Model
 from weft.runtime.text.tokenizer import TextStream, Tokenizer
-from weft.runtime.text.tokens import THINK_END
 
 if TYPE_CHECKING:
     from weft.runtime.cache.prefix import Plan
-    from weft.runtime.decoding.grammar import Constraint
+    from weft.runtime.decoding.outline import Outline
     from weft.runtime.engine.pace import Pace
     from weft.runtime.engine.sequences import Sequence
 
@@ -186,14 +185,10 @@ class GenerateCall(Call):
         sequence: Sequence,
         params: SamplingParams,
         tokenizer: Tokenizer,
-        constraint: Constraint | None = None,
+        outline: Outline | None = None,
     ) -> None:
         super().__init__(id, sequence)
-        self.constraint = constraint
-        # Until this token was drawn, the constraint does not hold.
-        self._opening: int | None = None
-        if constraint is not None and constraint.grammar.thinking:
-            self._opening = tokenizer.encode(THINK_END)[0]
+        self.outline = outline
         self.params = params
         self.finish_reason: str | None = None if params.max_tokens else "length"
         self.stop: str | int | None = None
@@ -208,7 +203,9 @@ class GenerateCall(Call):
         self._first_token = 0.0
         self.pace: Pace | None = None  # once it may draft
         self._drafted = self._accepted = 0
-        eos = () if params.ignore_eos and constraint is None else (tokenizer.eos,)
+        # In fast mode, what a draft of the next token was drawn with that was rejected.
+        self.refused: Tensor | None = None
+        eos = () if params.ignore_eos and outline is None else (tokenizer.eos,)
         self._stop_ids = {*eos, *params.stop_token_ids}
         for field, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
             for token in ids:
@@ -230,9 +227,7 @@ class GenerateCall(Call):
         tokens that would end the output are blocked."""
         early = len(self._tokens) + len(ahead) < self.params.min_tokens
         blocked = sorted(self._stop_ids) if early else []
-        held = self._constrained(ahead)
-        if self.constraint is not None and held is None:
-            blocked.append(self._tokenizer.eos)  # it has to think to the end
+        blocked += self.outline.blocked(ahead) if self.outline is not None else []
         assert self.params.seed is not None
         history, counts = self.sequence.tokens, self._counts
         position = len(history) + len(ahead)
@@ -240,30 +235,28 @@ class GenerateCall(Call):
             counts = counts + Counter(ahead)
             if self.params.repetition_penalty != 1:  # nothing else reads the history
                 history = [*history, *ahead]
-        allowed = self.constraint.mask(held) if self.constraint is not None and held is not None else None
-        return Draw(self.params, self.params.seed, position, blocked, counts, history, allowed)
-
-    def _constrained(self, ahead: Seq[int]) -> Seq[int] | None:
-        """What of `ahead` its grammar has to take; None if it does not hold behind them."""
-        if self.constraint is None or self._opening is None:
-            return ahead if self.constraint is not None else None
-        return ahead[list(ahead).index(self._opening) + 1 :] if self._opening in ahead else None
+        allowed = self.outline.mask(ahead) if self.outline is not None else None
+        refused = None if ahead else self.refused
+        return Draw(self.params, self.params.seed, position, blocked, counts, history, allowed, refused)
 
     @property
     def waits(self) -> bool:
         """Whether its grammar is still being compiled."""
-        return self.constraint is not None and not self.constraint.is_ready
+        return self.outline is not None and self.outline.waits
 
-    def prepare(self, ahead: Seq[int]) -> None:
+    @property
+    def failure(self) -> RequestError | None:
+        """Why its grammar cannot hold it."""
+        return self.outline.error if self.outline is not None else None
+
+    def prepare(self, ahead: Seq[int] = ()) -> None:
         """Tokens are about to be drawn, perhaps behind these: have the masks computed meanwhile."""
-        if self.constraint is not None and self._opening is None and not self.waits:
-            self.constraint.prepare(ahead)
+        if self.outline is not None:
+            self.outline.prepare(ahead)
 
     def certain(self, most: int) -> list[int]:
         """Tokens that its grammar leaves no choice about."""
-        if self.constraint is None or self._opening is not None or self.waits:
-            return []
-        return self.constraint.certain(most)
+        return self.outline.certain(most) if self.outline is not None else []
 
     def drafted(self, count: int, right: int, *, guessed: bool) -> None:
         """So many tokens were drafted, and the first `right` of them drawn. guessed: by the MTP block."""
@@ -277,6 +270,7 @@ class GenerateCall(Call):
         """Take the sampled token into the history; returns what may be shown of it."""
         if not self._tokens:
             self._first_token = time.monotonic() - self.submitted
+        self.refused = None
         self.sequence.tokens.append(token)
         self._tokens.append(token)
         self._counts[token] += 1
@@ -287,7 +281,7 @@ class GenerateCall(Call):
         if token in self._stop_ids:
             self.finish_reason, self.stop = "stop", token
             return m.Delta(call=self.id, tokens=[token], text="", logprobs=found)
-        over = self._take(token)
+        over = self.outline is not None and self.outline.take(token)
         piece = self._stream.feed(token)
         self._decoded += len(piece)
         self._text_ends.append(self._decoded + len(self._stream.unfinished))
@@ -297,16 +291,6 @@ class GenerateCall(Call):
         if self.finish_reason is None and len(self._tokens) >= self.params.max_tokens:
             self.finish_reason = "length"
         return m.Delta(call=self.id, tokens=[token], text=self._watch.showable(), logprobs=found)
-
-    def _take(self, token: int) -> bool:
-        """Tell the constraint; whether nothing can follow."""
-        if self.constraint is None:
-            return False
-        if self._opening is not None:
-            self._opening = None if token == self._opening else self._opening
-            return False
-        self.constraint.take(token)
-        return self.constraint.is_over
 
     def _check(self, stop: str | None) -> None:
         if stop is not None:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from weft.runtime.cache.pools import Pools
 from weft.runtime.decoding.grammar import Grammars
+from weft.runtime.decoding.outline import Outline
+from weft.runtime.decoding.params import SamplingParams
 from weft.runtime.decoding.sampler import sample
 from weft.runtime.engine import messages as m
 from weft.runtime.engine.calls import Call, ForkCall, GenerateCall, ScoreCall
@@ -114,10 +116,16 @@ class Core:
                 self._submit(ScoreCall(call, sequence, tokens, top, self.tokenizer.size), message)
             case m.Generate(call, _, params):
                 try:
-                    constraint = self.grammars.constraint(params.grammar) if params.grammar is not None else None
-                    self._submit(GenerateCall(call, sequence, params, self.tokenizer, constraint), message)
+                    self._submit(
+                        GenerateCall(call, sequence, params, self.tokenizer, self._outline(params)), message
+                    )
                 except RequestError as error:  # a stop_regex that RE2 refuses, an id the tokenizer lacks
                     self.emit(failure(call, error))
+
+    def _outline(self, params: SamplingParams) -> Outline | None:
+        if params.grammar is None:
+            return None
+        return Outline(self.grammars.constraint(params.grammar), self.tokenizer)
 
     def _submit(self, call: Call, message: m.Fork | m.Score | m.Generate) -> None:
         call.deadline, call.submitted = message.deadline, message.sent
@@ -220,9 +228,7 @@ class Core:
             return ContextLengthError("tokens", call.final_length(), f"the context holds {limit}")
         if isinstance(call, GenerateCall) and not call.sequence.tokens:
             return RequestError("tokens", [], "cannot generate from an empty history")
-        if isinstance(call, GenerateCall) and call.constraint is not None:
-            return call.constraint.error
-        return None
+        return call.failure if isinstance(call, GenerateCall) else None
 
     def _forward(self, work: list[Work]) -> tuple[list[Tensor], Tensor]:
         """Run the work, with drafts of what follows, and commit what was right; returns each item's streams
@@ -293,6 +299,9 @@ class Core:
         # The head of a V4 checkpoint is padded: ids the tokenizer does not define are never drawn.
         chosen = sample(logits[:, : self.tokenizer.size], [call.draw() for call in live])
         for call, token, row in zip(live, chosen, logits, strict=True):
+            if call.failure is not None:
+                self._fail(call, call.failure)
+                continue
             event = call.drawn(token, row)
             if event is not None:
                 self.emit(event)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from weft.runtime.cache.radix import as_tokens, common_prefix
 from weft.runtime.engine.admission import Admission, Usual
@@ -21,13 +23,15 @@ _WORTH_WAITING = 64  # tokens that another call is about to compute too
 @dataclass
 class Work:
     """Tokens of one call to run in this step. drafts: how many of the last ones are, or will be, drafts. guessed:
-    by the MTP block, not by a grammar. keeps_rows: the MTP block's rows of these tokens are kept."""
+    by the MTP block, not by a grammar. keeps_rows: the MTP block's rows of these tokens are kept. odds: [V], in
+    fast mode, that each guess was drawn with."""
 
     call: Call
     tokens: list[int]
     drafts: int = 0
     guessed: bool = False
     keeps_rows: bool = False
+    odds: list[Tensor] = field(default_factory=list)
 
     @property
     def generating(self) -> GenerateCall:

@@ -3,7 +3,8 @@
 Before a step, the block says what is likely to follow a call's last token; the step computes these drafts with it.
 Then tokens are drawn row by row, as they would be alone, while the next row's token is what was drawn. The rest is
 taken back (`model.verify`). The noise of a draw depends on its position only, so drafts change no token, only how
-many steps they take.
+many steps they take. A model that is not deterministic anyway accepts more of them, by rejection sampling: then
+drafts change tokens, but not what they are likely to be (`decoding.rejection`).
 
 The block's window rows are kept as tokens are computed, from true streams and tokens; rows that drafts have
 written behind those are written again. A call whose drafts are mostly wrong stops drafting, and its rows are not
@@ -18,8 +19,10 @@ import torch
 from torch import Tensor
 
 from weft.runtime.cache.base import Span
-from weft.runtime.decoding.sampler import sample
+from weft.runtime.decoding.rejection import guess, judge
+from weft.runtime.decoding.sampler import Draw, sample
 from weft.runtime.engine import messages as m
+from weft.runtime.engine.calls import GenerateCall
 from weft.runtime.engine.schedule import Work
 from weft.runtime.model.batch import Batch
 from weft.runtime.model.model import Model
@@ -44,18 +47,27 @@ class Drafter:
         depth = 0
         while asking:
             spans = []
-            for item, _ in asking:
-                state = item.call.sequence.held
+            for item, call in asking:
+                call.prepare(item.tokens[1:])
+                state = call.sequence.held
                 spans.append(Span(state.slot, state.length - 1 + depth, 1))
             ids = torch.tensor([item.tokens[-1] for item, _ in asking])
             h = self._model.forward_mtp(h, ids, Batch(pools, spans))
             logits = self._model.mtp_logits(h)[:, : self._defined]
-            guesses = sample(logits, [call.draw(item.tokens[1:]) for item, call in asking])
-            for (item, _), guess in zip(asking, guesses, strict=True):
-                item.tokens.append(guess)
+            for (item, _), token in zip(asking, self._guess(logits, asking), strict=True):
+                item.tokens.append(token)
             depth += 1
             more = [i for i, (item, _) in enumerate(asking) if item.drafts > depth]
             asking, h = [asking[i] for i in more], h[more]
+
+    def _guess(self, logits: Tensor, asking: Sequence[tuple[Work, GenerateCall]]) -> list[int]:
+        draws = [call.draw(item.tokens[1:]) for item, call in asking]
+        if self._model.deterministic:
+            return sample(logits, draws)
+        guesses, odds = guess(logits, draws)
+        for (item, _), row in zip(asking, odds, strict=True):
+            item.odds.append(row)
+        return guesses
 
     def accept(
         self, work: Sequence[Work], rows: list[Tensor], back: TakeBack, emit: Callable[[m.Event], None]
@@ -66,11 +78,21 @@ class Drafter:
         asking = [(number, item) for number, item in enumerate(work) if item.drafts]
         logits = self._model.logits(torch.cat([rows[number][:-1] for number, _ in asking]))
         draws = [item.generating.draw(item.tokens[1 : 1 + i]) for _, item in asking for i in range(item.drafts)]
-        drawn = iter(sample(logits[:, : self._defined], draws))
+        drawn = iter(self._draw(logits[:, : self._defined], draws, [item for _, item in asking]))
         for (number, item), part in zip(asking, logits.split([item.drafts for _, item in asking]), strict=True):
-            kept = _kept(item, [next(drawn) for _ in part], part, emit)
+            right = _right(item, [next(drawn) for _ in part], part, emit)
+            kept = 1 + right - (item.generating.finish_reason is not None)
+            if not self._model.deterministic and right < kept <= item.drafts:
+                item.generating.refused = _odds(item, self._defined)[right]
             back.keep(number, kept, rows[number])
             rows[number], item.tokens = rows[number][:kept], item.tokens[:kept]
+
+    def _draw(self, logits: Tensor, draws: list[Draw], items: Sequence[Work]) -> list[int]:
+        """Of each row the draft, if it is right, or something else."""
+        if self._model.deterministic:
+            return sample(logits, draws)
+        drafts = [token for item in items for token in item.tokens[1:]]
+        return judge(logits, draws, drafts, torch.cat([_odds(item, self._defined) for item in items]))
 
     def settle(self, work: Sequence[Work], rows: Sequence[Tensor], previous: Tensor) -> None:
         """Write the block's rows of what a step has computed, before it is committed: each needs the token behind
@@ -96,11 +118,11 @@ class Drafter:
             self._model.forward_mtp(torch.cat(streams), torch.tensor(ids), Batch(pools, spans))
 
 
-def _kept(item: Work, drawn: Sequence[int], logits: Tensor, emit: Callable[[m.Event], None]) -> int:
-    """How many rows count: the last token that was known, and the drafts that were drawn and go on."""
+def _right(item: Work, drawn: Sequence[int], logits: Tensor, emit: Callable[[m.Event], None]) -> int:
+    """How many drafts are right: up to the first that was not drawn, or with which the output ends."""
     call, right = item.generating, 0
     for token, draft, row in zip(drawn, item.tokens[1:], logits, strict=True):
-        if token != draft:
+        if token != draft or call.failure is not None:
             break
         right += 1
         event = call.drawn(token, row)
@@ -109,4 +131,12 @@ def _kept(item: Work, drawn: Sequence[int], logits: Tensor, emit: Callable[[m.Ev
         if call.finish_reason is not None:
             break
     call.drafted(item.drafts, right, guessed=item.guessed)
-    return 1 + right - (call.finish_reason is not None)
+    return right
+
+
+def _odds(item: Work, defined: int) -> Tensor:
+    """[n, V] probabilities that its drafts were drawn with."""
+    if item.odds:
+        return torch.stack(item.odds)
+    certain = torch.tensor(item.tokens[1:])
+    return torch.nn.functional.one_hot(certain, defined).double()

@@ -36,10 +36,11 @@ class Model:
     ) -> None:
         """tensors: official names to dequantised values (`weft.runtime.checkpoint`).
         quant_sim: round KV rows to FP8 and indexer vectors to FP4 as the released model does.
-        deterministic: False gives up bitwise independence of batch and chunking for speed."""
+        deterministic: False gives up bitwise independence of batch, chunking and drafts for speed."""
         weights = Weights(tensors, dtype, deterministic)
         self.config = config
         self.dtype = dtype
+        self.deterministic = deterministic
         self.rope = Rope(config)
         self.embed = weights.model("embed.weight")
         self.blocks = [

@@ -152,7 +152,7 @@ def convert(
     _check_messages(messages)
     for i, tool in enumerate(tools):
         _shape(tool, _Definition, f"tools[{i}]")
-    _check_choice(tool_choice, thinking, bool(tools))
+    _check_choice(tool_choice, tools)
     if effort is not None and effort not in EFFORTS:
         raise RequestError("effort", effort, f"must be one of {', '.join(EFFORTS)}")
     fields = {
@@ -164,7 +164,9 @@ def convert(
         fields["reasoning_effort"] = _json("effort", effort)
     if tools:
         fields["tools"] = f"[{', '.join(_json(f'tools[{i}]', tool) for i, tool in enumerate(tools))}]"
-        fields["tool_choice"] = _json("tool_choice", tool_choice)
+        # The recipe has a thinking turn choose for itself; a grammar makes it call (`decoding.tool_calls`).
+        made = "auto" if thinking and tool_choice != "none" else tool_choice
+        fields["tool_choice"] = _json("tool_choice", made)
     if response_format is not None:
         _shape(response_format, _kind(response_format, "type", _FORMATS, "response_format"), "response_format")
         fields["response_format"] = _json("response_format", response_format)
@@ -228,7 +230,7 @@ def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
                 raise UnsupportedError(f"{where}.content[{j}].type", part["type"], reason)
 
 
-def _check_choice(choice: str | Mapping[str, Any], thinking: bool, tools: bool) -> None:
+def _check_choice(choice: str | Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> None:
     if choice in ("auto", "none"):
         return
     if choice != "required":
@@ -237,8 +239,8 @@ def _check_choice(choice: str | Mapping[str, Any], thinking: bool, tools: bool) 
         _shape(choice, _Choice, "tool_choice")
     if not tools:
         raise RequestError("tool_choice", choice, "there are no tools to choose from")
-    if thinking:
-        raise UnsupportedError("tool_choice", choice, "a thinking turn cannot be made to begin with a call")
+    if isinstance(choice, Mapping) and choice["function"]["name"] not in [t["function"]["name"] for t in tools]:
+        raise RequestError("tool_choice.function.name", choice["function"]["name"], "there is no such tool")
 
 
 def _kind(value: Any, key: str, kinds: Mapping[str, type[_Strict]], where: str) -> type[_Strict]:

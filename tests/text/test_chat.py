@@ -163,6 +163,13 @@ def test_required_tool_choice_opens_the_block() -> None:
     assert byte_tokenizer().decode(prompt.tokens[-prompt.opening :]) == f"</think>\n\n<{D}tool_calls>\n"
 
 
+def test_in_a_thinking_turn_a_grammar_makes_the_calls_that_are_required() -> None:
+    auto = render(byte_tokenizer(), [user("Hi")], thinking=True, tools=TOOLS)
+    for choice in ("required", {"type": "function", "function": {"name": TOOLS[0]["function"]["name"]}}):
+        assert render(byte_tokenizer(), [user("Hi")], thinking=True, tools=TOOLS, tool_choice=choice) == auto
+    assert auto.form == ReplyFormat(thinking=True, tool_calls=True)
+
+
 def test_response_formats() -> None:
     schema = {"type": "object", "properties": {"ü": {"type": "string"}}}
     wanted = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
@@ -269,15 +276,9 @@ REFUSED: list[tuple[str, type[RequestError], dict[str, Any]]] = [
         RequestError,
         {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"a": float("nan")}}}]},
     ),
-    ("tool_choice", UnsupportedError, {"tools": TOOLS, "tool_choice": "required"}),
-    (
-        "tool_choice",
-        UnsupportedError,
-        {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "now"}}},
-    ),
     ("tool_choice", RequestError, {"tool_choice": "required", "thinking": False}),
     (
-        "tool_choice",
+        "tool_choice.function.name",
         RequestError,
         {"tools": TOOLS, "thinking": False, "tool_choice": {"type": "function", "function": {"name": "f"}}},
     ),

@@ -1,0 +1,34 @@
+"""Speculative sampling with rejection: drafts are accepted as often as can be without changing the distribution.
+
+Leviathan et al. (2023) and Chen et al. (2023): a draft x, drawn with probability q(x), is accepted with
+probability min(1, p(x) / q(x)); in place of the first one that is not, a token is drawn from the excess of p over
+q. What is drawn has the distribution p, but which token it is depends on the drafts, so this is for fast mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from weft.runtime.decoding.noise import ACCEPT, DRAFT, stream_key, uniform
+from weft.runtime.decoding.sampler import Draw, distribution, sample
+
+REJECTED = -1
+
+
+def guess(logits: Tensor, draws: Sequence[Draw]) -> tuple[list[int], Tensor]:
+    """logits: [B, V] of a drafting model -> one draft per row, and the odds [B, V] that it was drawn with."""
+    return sample(logits, draws, DRAFT), distribution(logits, draws)
+
+
+def judge(logits: Tensor, draws: Sequence[Draw], drafts: Sequence[int], odds: Tensor) -> list[int]:
+    """logits: [B, V] of the model. odds: [B, V] float64 that the drafts were drawn with (1 for one that was
+    certain to be drafted) -> each draft that is accepted, or REJECTED. The noise is not that of `sample`."""
+    rows = torch.arange(len(draws))
+    chosen = torch.tensor(drafts)
+    ratio = distribution(logits, draws)[rows, chosen] / odds[rows, chosen]
+    keys = torch.tensor([stream_key(draw.seed, draw.position, ACCEPT) for draw in draws])
+    accepted = uniform(keys, 1)[:, 0] < ratio
+    return torch.where(accepted, chosen, REJECTED).tolist()
