@@ -99,11 +99,13 @@ class _Rules:
             for key, schema in (root.get("properties") or {}).items()
         ]
         opening = _text(f'invoke name="{name}">\n')
-        return self._new(f"{self._mark} {opening} {self._list(given)} {self._tag(_END, 'invoke>')}")
+        return self._new(f"{self._mark} {opening} {self._list(given)}")
 
     def _list(self, parameters: Sequence[tuple[str, bool]]) -> str:
-        """Those that are required and any of the others, in order. Each rule lacks its first `<`."""
-        later = first = _text("")
+        """Those that are required and any of the others, in order, and the call's end. A call without any may have
+        an empty line, as in the first release, or none, as in deepseek-recipe."""
+        later = self._tag(_END, "invoke>")
+        first = self._new(f"{later} | {self._tag('</', 'invoke>')}")
         for rule, required in reversed(parameters):
             behind = f"{_NEXT} {rule} {later}"
             before = f"{_FIRST} {rule} {later}"

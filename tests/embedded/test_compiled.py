@@ -14,7 +14,10 @@ from weft.runtime.embedded.params import as_shipped, initial, trained_weights
 from weft.runtime.embedded.recipe import CONFIG
 from weft.runtime.embedded.rows import Rows, as_rows, pack
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.compile is used on a GPU only")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.compile is used on a GPU only"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch warns of parts of its own
+]
 
 
 def gradients(network: Network, params: dict[str, Tensor], rows: Rows, sparse: bool) -> dict[str, Tensor]:
