@@ -8,6 +8,7 @@ yet (a draft was wrong), the mask is waited for.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -94,6 +95,8 @@ def _object(schema: str) -> str:
 
 
 def refusal(grammar: Grammar, reason: str) -> RequestError:
+    if missing := re.search(r"Resource '([^']*)' is not present", reason):
+        reason = f'cannot follow "$ref" to {missing[1]}: nothing is fetched'
     return RequestError(grammar.kind, grammar.text, " ".join(reason.split())[:_REASON])
 
 
