@@ -13,26 +13,22 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import llguidance
 import numpy as np
 from numpy.typing import NDArray
 
 from weft.runtime.decoding.params import Grammar
-from weft.runtime.decoding.tool_calls import lark_of
+from weft.runtime.decoding.tool_calls import JSON_FORM, lark_of
 from weft.runtime.errors import RequestError
 from weft.runtime.text.tokenizer import Tokenizer
 from weft.runtime.text.tokens import DSML
 
-if TYPE_CHECKING:
-    from llguidance._lib import JsonCompileOptions
-
 _REASON = 300  # characters of an explanation
 _SECONDS = 20.0  # that compiling may take
 Mask = NDArray[np.bool_]
-# One way to write a document, that of `json.dumps`: what is between values is then certain.
-JSON_FORM: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_ESCAPES = r"(?<!\\)(?:\\\\)*"  # backslashes that are escaped themselves
 # Several times what large schemas take; a grammar that needs more is refused.
 _LIMITS = llguidance.LLParserLimits(max_lexer_states=250_000, max_grammar_size=500_000, step_max_items=100_000)
 
@@ -90,7 +86,10 @@ class Grammars:
 
 
 def _object(schema: str) -> str:
-    """A schema that is `true` or `false` as an object, which llguidance asks for."""
+    """The schema as an object, which llguidance asks for; `ValueError` if it asks for characters that it would let
+    names be spelled with, too."""
+    if odd := re.search(rf"{_ESCAPES}(\\u00(?:0[0-7be-f]|1[0-9a-f]))", schema, re.IGNORECASE):
+        raise ValueError(f"cannot hold to {odd[1]}: control characters are not written")
     return {"true": "{}", "false": '{"enum": []}'}.get(schema.strip(), schema)
 
 

@@ -15,7 +15,8 @@ MAX_GRAMMAR = 1 << 20
 
 class Grammar(msgspec.Struct, frozen=True):
     """What an output has to match as a whole. text: a regular expression, a JSON schema, a Lark grammar, or a JSON
-    list of strings; of tool calls, see `decoding.tool_calls`. JSON is written as `json.dumps` does.
+    list of strings; of tool calls, see `decoding.tool_calls`. JSON is written as `json.dumps` does with
+    `ensure_ascii=False`.
     thinking: it begins behind `</think>`. optional: content comes first, and perhaps nothing else.
     """
 

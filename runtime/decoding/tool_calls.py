@@ -10,13 +10,23 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import llguidance
 
 from weft.runtime.decoding.params import Grammar
 
-_JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+# One way to write a document, that of `json.dumps(..., ensure_ascii=False)`: what is between values is certain, and
+# no name can be spelled so that llguidance takes it for another one.
+JSON_FORM: JsonCompileOptions = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "json_allowed_escapes": '"\\bfnrt',
+}
 _OTHERS = ["null", "boolean", "number", "array", "object"]
 _NOTES = {"title", "description", "default", "examples", "$comment", "deprecated", "readOnly", "writeOnly"}
 _RAW_KEYS = _NOTES | {"type", "minLength", "maxLength", "pattern"}
@@ -153,12 +163,12 @@ class _Rules:
     def _json(self, schema: Any, root: Mapping[str, Any], strict: bool, path: str) -> Any:
         """The schema with what it refers to; if it cannot be held to, only its types."""
         defined = {key: root[key] for key in ("$defs", "definitions") if key in root}
-        whole = {**schema, **defined, "x-guidance": _JSON}
+        whole = {**schema, **defined, "x-guidance": JSON_FORM}
         source = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(whole))
         reason = llguidance.LLMatcher.validate_grammar(source)
         if reason and strict:
             raise ValueError(f"{path}: {reason}")
-        return {"type": schema.get("type", _OTHERS), "x-guidance": _JSON} if reason else whole
+        return {"type": schema.get("type", _OTHERS), "x-guidance": JSON_FORM} if reason else whole
 
 
 def _by_form(schema: Any, root: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
