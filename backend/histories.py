@@ -2,8 +2,8 @@
 
 The stock interpreter sends the whole text with every call. What the engine holds is tokens, and re-tokenising a
 text need not give the same ones; so every text that was ever continued or produced is remembered with its
-tokens, and a longer text is that history plus the tokens of what follows. Forgetting KV therefore never changes
-a result, only its cost.
+tokens, and a longer text is that history plus the tokens of what follows (`backend.borders`). Forgetting KV
+therefore never changes a result, only its cost.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
+from weft.backend.borders import Border
 from weft.runtime.engine.handle import Sequence
 from weft.runtime.text.trie import TextTrie
 
 
 @dataclass
 class History:
-    """tokens: of the text, BOS included. sequence: holds their KV; None once it was let go.
-    forking: forks of it under way, which closing it would cancel."""
+    """tokens: of the text, BOS included. sequence: holds their KV; None once it was let go. border: how far they
+    stay the same in a longer text. forking: forks of it under way, which closing it would cancel."""
 
     tokens: list[int]
     sequence: Sequence | None
+    border: Border
     forking: int = 0
 
 
@@ -54,11 +56,11 @@ class Histories:
                 return entry
         return None
 
-    def put(self, text: str, tokens: list[int], sequence: Sequence | None) -> None:
+    def put(self, text: str, tokens: list[int], sequence: Sequence | None, border: Border) -> None:
         """Remember. A text keeps the tokens it was first given; later KV for the same tokens may replace none."""
         entry = self._texts.get(text)
         if entry is None:
-            entry = History(tokens, sequence)
+            entry = History(tokens, sequence, border)
         elif entry.tokens == tokens and entry.sequence is None:
             entry.sequence = sequence
         elif sequence is not None:

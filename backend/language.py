@@ -9,29 +9,27 @@ from __future__ import annotations
 import asyncio
 import queue
 import random
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from sglang.lang.backend.base_backend import BaseBackend
 from sglang.lang.choices import ChoicesDecision, ChoicesSamplingMethod
 
+from weft.backend.borders import encoded, shared
 from weft.backend.bridge import Bridge, shut_down
 from weft.backend.convert import token_entry
-from weft.backend.histories import Histories, History
 from weft.backend.report import Report, Request, refuse_images
 from weft.backend.room import Room
 from weft.backend.template import DeepSeekV4Template
+from weft.backend.texts import Texts
 from weft.runtime.engine import messages as m
 from weft.runtime.engine.front import Engine
 from weft.runtime.engine.handle import Sequence
-from weft.runtime.errors import EngineDead, Overloaded, RequestError, UnsupportedError
-from weft.runtime.text.turns import turn_cuts
+from weft.runtime.errors import Overloaded, RequestError, UnsupportedError
 
-T = TypeVar("T")
 _GREEDY = 1e-5
-_ATTEMPTS = 3  # at computing a text on cores that die
 
 
 class DeepSeekV4Backend(BaseBackend):
@@ -40,13 +38,17 @@ class DeepSeekV4Backend(BaseBackend):
     The engine is the caller's to close. thinking: assistant turns begin inside `<think>`.
     """
 
-    def __init__(self, engine: Engine, *, thinking: bool = False, held: int | None = None) -> None:
-        """held: histories whose KV is kept for reuse; by default half the engine's slots."""
+    def __init__(
+        self, engine: Engine, *, thinking: bool = False, held: int | None = None, heal: bool = False
+    ) -> None:
+        """held: histories whose KV is kept for reuse; by default half the engine's slots. heal: where a text ends
+        in a token that a longer one begins with, generations begin with either (without, as with SGLang, they go
+        on behind the token)."""
         super().__init__()
         self.engine = engine
         self.chat_template = DeepSeekV4Template(thinking)
-        self._histories = Histories(live=held if held is not None else engine.slots // 2)
-        self._room = Room(engine.slots, lambda promised: self._histories.trim(engine.slots - promised))
+        self._texts = Texts(engine, held if held is not None else engine.slots // 2, heal)
+        self._room = Room(engine.slots, lambda promised: self._texts.histories.trim(engine.slots - promised))
         self._bridge = Bridge()
 
     # -- what sglang calls ------------------------------------------------------------------------------
@@ -127,81 +129,28 @@ class DeepSeekV4Backend(BaseBackend):
     def shutdown(self) -> None:
         """Free the held KV and stop the loop; calls under way end as `Cancelled`. The engine stays open."""
         self._bridge.close()
-        self._histories.release()
+        self._texts.histories.release()
 
     # -- on the loop ------------------------------------------------------------------------------------
 
     async def _flush(self) -> None:
-        self._histories.release()
+        self._texts.histories.release()
         self.engine.flush()
 
     async def _remember(self, text: str) -> None:
         if text:
             async with self._room.take(2, "text", text):
-                sequence, _ = await self._continue(text)
+                sequence, _ = await self._texts.continued(text)
                 sequence.close()
-
-    async def _continue(self, text: str) -> tuple[Sequence, list[int]]:
-        """A sequence of the caller's own whose history is this text, computed; and its tokens."""
-        return await self._with_room(lambda: self._continue_once(text))
-
-    async def _continue_once(self, text: str) -> tuple[Sequence, list[int]]:
-        if not text:  # not remembered: it begins every text, also those that spell out their BOS
-            return self.engine.open([self.engine.tokenizer.bos]), [self.engine.tokenizer.bos]
-        while True:
-            found = self._histories.longest_prefix(text)
-            if found is not None and found[0] == text and found[1].sequence is not None:
-                return await self._histories.fork(found[1]), found[1].tokens
-            tokens, base = await self._base(text, found)
-            # Remembered before it is computed: siblings that come now wait for it instead of computing it
-            # again. One that came during the fork above was first: then `base` is closed and theirs is used.
-            self._histories.put(text, tokens, base)
-
-    async def _base(self, text: str, found: tuple[str, History] | None) -> tuple[list[int], Sequence]:
-        """A sequence for this text, made from the longest known beginning of it."""
-        if found is None:
-            # A text that spells out its BOS brings its own.
-            encoded = self.engine.tokenizer.encode(text)
-            bos = self.engine.tokenizer.bos
-            tokens = encoded if encoded[:1] == [bos] else [bos, *encoded]
-            return tokens, self._open(tokens)
-        prefix, known = found
-        tokens = known.tokens + self.engine.tokenizer.encode(text[len(prefix) :])
-        held = self._histories.longest_held(text, tokens)
-        if held is None:
-            return tokens, self._open(tokens)
-        base = await self._histories.fork(held)
-        more = tokens[len(held.tokens) :]
-        base.extend(more, cuts=turn_cuts(self.engine.tokenizer, more))
-        return tokens, base
-
-    def _open(self, tokens: list[int]) -> Sequence:
-        return self.engine.open(tokens, cuts=turn_cuts(self.engine.tokenizer, tokens))
-
-    async def _with_room(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """Held histories are the first to go when KV memory runs out, and all go with a core that died: their
-        tokens are known, so the attempt after that computes them again."""
-        deaths = 0
-        while True:
-            try:
-                return await attempt()
-            except Overloaded:
-                if not self._histories.release(0.5):
-                    raise
-            except EngineDead:
-                self._histories.release()
-                deaths += 1
-                if deaths == _ATTEMPTS:
-                    raise
 
     async def _generate(self, request: Request) -> list[tuple[str, dict[str, Any]]]:
         n = request.count
         async with self._room.take(n + request.extra_slots, "n", n) as give_back:
-            sequence, tokens = await self._continue(request.text)
+            sequence, tokens = await self._texts.begin(request)
             others = []
             if n > 1:
                 try:
-                    others = await self._with_room(lambda: sequence.fork(n - 1))
+                    others = await self._texts.with_room(lambda: sequence.fork(n - 1))
                 except BaseException:
                     sequence.close()
                     raise
@@ -221,7 +170,7 @@ class DeepSeekV4Backend(BaseBackend):
 
     async def _stream(self, request: Request, put: Callable[[tuple[str, dict[str, Any]]], None]) -> None:
         async with self._room.take(1 + request.extra_slots, "n", 1) as give_back:
-            sequence, tokens = await self._continue(request.text)
+            sequence, tokens = await self._texts.begin(request)
             give_back(1)
             async for piece, meta in self._run(request, sequence, tokens, keep=True):
                 put((piece, meta))
@@ -236,7 +185,7 @@ class DeepSeekV4Backend(BaseBackend):
         try:
             start = request.prompt_logprobs_from
             if start is not None:
-                report.prompt = await self._with_room(lambda: self._prompt_logprobs(prompt, start, request))
+                report.prompt = await self._texts.with_room(lambda: self._prompt_logprobs(prompt, start, request))
                 report.first = prompt[0] if start == 0 else None
             while True:
                 again = len(text)  # deltas that were yielded before KV memory ran out
@@ -245,7 +194,7 @@ class DeepSeekV4Backend(BaseBackend):
                         if isinstance(event, m.Done):
                             yield "", report.meta(event)
                             if keep:
-                                await self._keep(request.text, "".join(text), prompt, tokens, event, sequence)
+                                await self._texts.keep(request, "".join(text), prompt, tokens, event, sequence)
                         elif again:
                             again -= 1
                         else:
@@ -256,7 +205,7 @@ class DeepSeekV4Backend(BaseBackend):
                     break
                 except Overloaded:
                     sequence.close()
-                    if not self._histories.release(0.5):
+                    if not self._texts.histories.release(0.5):
                         raise
                     sequence = self.engine.open(prompt)
         except BaseException:
@@ -265,42 +214,28 @@ class DeepSeekV4Backend(BaseBackend):
         if not keep:
             sequence.close()
 
-    async def _keep(
-        self, before: str, text: str, prompt: list[int], tokens: list[int], done: m.Done, sequence: Sequence
-    ) -> None:
-        """Remember prompt and output as one history. Tokens behind the returned text are cut off; a token that
-        the text ends inside of is replaced by the tokens of its first part."""
-        kept = tokens[: done.kept]
-        rest = self.engine.tokenizer.encode(text[len(self.engine.tokenizer.decode(kept)) :])
-        length = len(prompt) + len(kept)
-        held: Sequence | None = sequence
-        try:
-            await sequence.truncate(length)
-            if rest:
-                sequence.extend(rest)
-        except RequestError:  # the stop was several tokens, the first of them computed: this KV has gone too far
-            sequence.close()
-            held = None
-        self._histories.put(before + text, prompt + kept + rest, held)
-
     async def _prompt_logprobs(self, prompt: list[int], start: int, request: Request) -> list[m.Logprob]:
         with self.engine.open(prompt[:start]) as sequence:
             return await sequence.append_scored(prompt[start:], request.params.logprobs or 0)
 
     async def _select(self, text: str, choices: list[str], method: ChoicesSamplingMethod) -> ChoicesDecision:
-        encoded = [self.engine.tokenizer.encode(choice) for choice in choices]
         at_once = max(1, min(len(choices), self.engine.slots // 2 - 2))
         async with self._room.take(2 + at_once, "choices", choices):
-            sequence, tokens = await self._continue(text)
+            tokens, border = self._texts.encoded(text)
+            whole = [encoded(self.engine.tokenizer, text + c, tokens, border) for c in choices]
+            # Where a choice's first letters join the text's last ones in a token, all are scored from there.
+            start = min(shared(tokens, own) for own, _ in whole)
             scored: list[list[m.Logprob]] = []
-            with sequence:
+            with await self._choosing(text, tokens, start) as sequence:
                 for first in range(0, len(choices), at_once):
-                    part = encoded[first : first + at_once]
-                    scored += await self._with_room(partial(sequence.score, part))
+                    part = [own[start:] for own, _ in whole[first : first + at_once]]
+                    scored += await self._texts.with_room(partial(sequence.score, part))
             entries = [self._entries(results) for results in scored]
             unconditional = None
             if method.requires_unconditional_logprobs:
-                unconditional = [await self._with_room(partial(self._unconditional, c)) for c in encoded]
+                unconditional = [
+                    await self._texts.with_room(partial(self._unconditional, c[start:])) for c, _ in whole
+                ]
         decision: ChoicesDecision = method(
             choices=choices,
             normalized_prompt_logprobs=[sum(e[0] for e in own) / len(own) for own in entries],
@@ -308,9 +243,16 @@ class DeepSeekV4Backend(BaseBackend):
             output_token_logprobs=[[] for _ in choices],
             unconditional_token_logprobs=unconditional,
         )
-        chosen = encoded[choices.index(decision.decision)]
-        self._histories.put(text + decision.decision, tokens + chosen, None)
+        text += decision.decision
+        chosen, border = whole[choices.index(decision.decision)]
+        self._texts.histories.put(text, chosen, None, border)
         return decision
+
+    async def _choosing(self, text: str, tokens: list[int], start: int) -> Sequence:
+        """A sequence of the text's first `start` tokens."""
+        if start == len(tokens):
+            return (await self._texts.continued(text))[0]
+        return self._texts.open(tokens[:start])
 
     async def _unconditional(self, tokens: list[int]) -> list[list[Any]]:
         """The choice on its own; its first token has nothing to be conditioned on."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from weft.runtime.decoding.grammar import Constraint, Mask
 from weft.runtime.errors import RequestError
 from weft.runtime.text.tokenizer import Tokenizer
@@ -82,3 +84,40 @@ class Outline:
             elif len(ends) == 1 and ends[0] == self._dsml:
                 tail = (tail + self._tokenizer.token_bytes(token))[-len(_BEFORE_CALLS) :]
         return ends, [], tail
+
+
+class Beginning:
+    """An output whose first tokens have to spell a text, and may go on behind it; then it is free."""
+
+    waits, error = False, None
+
+    def __init__(self, text: str, tokenizer: Tokenizer) -> None:
+        self._rest = text.encode()
+        self._tokenizer = tokenizer
+
+    def blocked(self, ahead: Sequence[int] = ()) -> list[int]:
+        return []
+
+    def mask(self, ahead: Sequence[int] = ()) -> Mask | None:
+        rest = self._behind(ahead)
+        if not rest:
+            return None
+        allowed = np.zeros(self._tokenizer.size, np.bool_)
+        allowed[self._tokenizer.beginning(rest)] = True
+        return allowed
+
+    def prepare(self, ahead: Sequence[int] = ()) -> None:
+        """Masks are found as they are asked for."""
+
+    def certain(self, most: int) -> list[int]:
+        return []
+
+    def take(self, token: int) -> bool:
+        self._rest = self._behind([token])
+        return False
+
+    def _behind(self, ahead: Sequence[int]) -> bytes:
+        rest = self._rest
+        for token in ahead:
+            rest = rest[len(self._tokenizer.token_bytes(token)) :]
+        return rest

@@ -36,6 +36,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     seed: same seed, tokens and parameters give the same output in any batch. None draws one.
     logprobs: None for none, else how many alternatives to return per token (0: the chosen token only).
     stop: strings that end the output; neither they nor anything behind them is returned.
+    begins: what the tokens have to spell first; the last of them may go on behind it. The text that is returned
+    lacks it: it was taken off the prompt's end (token healing). Not with a grammar.
     grammar: comes before all other settings, `min_tokens` and bans included, where they leave nothing; the output
     ends where the grammar does.
     """
@@ -56,6 +58,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()
     stop_regex: tuple[str, ...] = ()
     ignore_eos: bool = False
+    begins: str = ""
     grammar: Grammar | None = None
 
     def validate(self) -> SamplingParams:
@@ -100,7 +103,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("stop", "stop_regex"):
             texts = getattr(self, name)
             _require(all(_is_unicode(text) for text in texts), name, texts, "not Unicode text")
+        _require(_is_unicode(self.begins), "begins", self.begins, "not Unicode text")
         if self.grammar is not None:
+            _require(not self.begins, "begins", self.begins, "cannot be combined with a grammar")
             kind, text = self.grammar.kind, self.grammar.text
             _require(_is_unicode(text), kind, text, "not Unicode text")
             _require(len(text) <= MAX_GRAMMAR, kind, text[:80], f"longer than {MAX_GRAMMAR} characters")

@@ -19,8 +19,8 @@ from weft.runtime.decoding.params import Grammar
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
-# One way to write a document, that of `json.dumps(..., ensure_ascii=False)`: what is between values is certain, and
-# no name can be spelled so that llguidance takes it for another one.
+# One way to write a document, that of `json.dumps` with `ensure_ascii=False`: what is between values is certain,
+# and no name can be spelled so that llguidance takes it for another one.
 JSON_FORM: JsonCompileOptions = {
     "whitespace_flexible": False,
     "item_separator": ", ",

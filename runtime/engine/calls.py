@@ -22,7 +22,7 @@ from weft.runtime.text.tokenizer import TextStream, Tokenizer
 
 if TYPE_CHECKING:
     from weft.runtime.cache.prefix import Plan
-    from weft.runtime.decoding.outline import Outline
+    from weft.runtime.decoding.outline import Beginning, Outline
     from weft.runtime.engine.pace import Pace
     from weft.runtime.engine.sequences import Sequence
 
@@ -185,7 +185,7 @@ class GenerateCall(Call):
         sequence: Sequence,
         params: SamplingParams,
         tokenizer: Tokenizer,
-        outline: Outline | None = None,
+        outline: Outline | Beginning | None = None,
     ) -> None:
         super().__init__(id, sequence)
         self.outline = outline
@@ -200,6 +200,7 @@ class GenerateCall(Call):
         # Characters up to the end of the last one that each token has a byte of; the token that stops has none.
         self._text_ends: list[int] = []
         self._decoded = 0
+        self._hidden = len(params.begins)  # characters still to come that are the prompt's
         self._first_token = 0.0
         self.pace: Pace | None = None  # once it may draft
         self._drafted = self._accepted = 0
@@ -283,6 +284,8 @@ class GenerateCall(Call):
             return m.Delta(call=self.id, tokens=[token], text="", logprobs=found)
         over = self.outline is not None and self.outline.take(token)
         piece = self._stream.feed(token)
+        hidden = min(self._hidden, len(piece))
+        self._hidden, piece = self._hidden - hidden, piece[hidden:]
         self._decoded += len(piece)
         self._text_ends.append(self._decoded + len(self._stream.unfinished))
         self._check(self._watch.feed(piece, may_stop=len(self._tokens) >= self.params.min_tokens))

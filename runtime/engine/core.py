@@ -13,7 +13,7 @@ from torch import Tensor
 
 from weft.runtime.cache.pools import Pools
 from weft.runtime.decoding.grammar import Grammars
-from weft.runtime.decoding.outline import Outline
+from weft.runtime.decoding.outline import Beginning, Outline
 from weft.runtime.decoding.params import SamplingParams
 from weft.runtime.decoding.sampler import sample
 from weft.runtime.engine import messages as m
@@ -122,9 +122,9 @@ class Core:
                 except RequestError as error:  # a stop_regex that RE2 refuses, an id the tokenizer lacks
                     self.emit(failure(call, error))
 
-    def _outline(self, params: SamplingParams) -> Outline | None:
+    def _outline(self, params: SamplingParams) -> Outline | Beginning | None:
         if params.grammar is None:
-            return None
+            return Beginning(params.begins, self.tokenizer) if params.begins else None
         return Outline(self.grammars.constraint(params.grammar), self.tokenizer)
 
     def _submit(self, call: Call, message: m.Fork | m.Score | m.Generate) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import codecs
+import itertools
 from functools import cached_property
 from pathlib import Path
 
@@ -70,6 +72,10 @@ class Tokenizer:
         """Text of the tokens, specials spelled out; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
 
+    def is_special(self, id: int) -> bool:
+        """Whether text on both sides of it is encoded apart."""
+        return id in self._specials
+
     def token_bytes(self, id: int) -> bytes:
         """The bytes one token stands for; empty for an id the tokenizer does not define."""
         special = self._specials.get(id)
@@ -77,6 +83,24 @@ class Tokenizer:
             return special
         token = self._backend.id_to_token(id)
         return bytes(map(_BYTE_OF_CHAR.__getitem__, token)) if token is not None else b""
+
+    def beginning(self, text: bytes) -> list[int]:
+        """Tokens that such text can begin with: its first bytes, or all of it and more. No special ones."""
+        table, ids = self._sorted, []
+        for end in range(1, len(text)):
+            first = bisect.bisect_left(table, (text[:end], -1))
+            ids += [id for token, id in table[first : first + 1] if token == text[:end]]
+        first = bisect.bisect_left(table, (text, -1))
+        for token, id in itertools.islice(table, first, None):
+            if not token.startswith(text):
+                break
+            ids.append(id)
+        return ids
+
+    @cached_property
+    def _sorted(self) -> list[tuple[bytes, int]]:
+        """Tokens by their bytes."""
+        return sorted((self.token_bytes(id), id) for id in range(self.size) if id not in self._specials)
 
     @cached_property
     def bos(self) -> int:

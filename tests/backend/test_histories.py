@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
+from weft.backend.borders import Border
 from weft.backend.histories import Histories
 from weft.runtime.errors import EngineDead
+
+OPEN = Border(0, 0)
 
 
 class Held:
@@ -46,7 +49,7 @@ def histories() -> Histories:
 def test_the_longest_beginning_is_found(histories: Histories) -> None:
     assert found(histories, "abc") is None
     for text in ("ab", "abcd", "x"):
-        histories.put(text, [len(text)], None)
+        histories.put(text, [len(text)], None, OPEN)
     assert found(histories, "a") is None
     assert found(histories, "ab") == ("ab", [2])
     assert found(histories, "abc") == ("ab", [2])
@@ -56,20 +59,20 @@ def test_the_longest_beginning_is_found(histories: Histories) -> None:
 
 
 def test_a_text_keeps_its_first_tokens(histories: Histories) -> None:
-    histories.put("a", [1], None)
+    histories.put("a", [1], None, OPEN)
     (other,) = held(1)
-    histories.put("a", [2], other)
+    histories.put("a", [2], other, OPEN)
     assert found(histories, "a") == ("a", [1])
     assert other.closed == 1
 
 
 def test_kv_is_taken_where_there_is_none(histories: Histories) -> None:
     first, second = held(2)
-    histories.put("a", [1], None)
-    histories.put("a", [1], first)
+    histories.put("a", [1], None, OPEN)
+    histories.put("a", [1], first, OPEN)
     assert histories.longest_prefix("a")[1].sequence is first
-    histories.put("a", [1], second)
-    histories.put("a", [1], None)
+    histories.put("a", [1], second, OPEN)
+    histories.put("a", [1], None, OPEN)
     assert histories.longest_prefix("a")[1].sequence is first
     assert (first.closed, second.closed) == (0, 1)
 
@@ -77,7 +80,7 @@ def test_kv_is_taken_where_there_is_none(histories: Histories) -> None:
 def test_live_bounds_what_is_held(histories: Histories) -> None:
     sequences = held(5)
     for name, sequence in zip("abcde", sequences, strict=True):
-        histories.put(name, [1], sequence)
+        histories.put(name, [1], sequence, OPEN)
     assert [s.closed for s in sequences] == [1, 1, 0, 0, 0]
     assert [histories.longest_prefix(name)[1].sequence for name in "ab"] == [None, None]
     assert found(histories, "a") == ("a", [1])  # the tokens stay
@@ -86,16 +89,16 @@ def test_live_bounds_what_is_held(histories: Histories) -> None:
 def test_the_least_recently_used_goes_first(histories: Histories) -> None:
     a, b, c, d = held(4)
     for name, sequence in zip("abc", (a, b, c), strict=True):
-        histories.put(name, [1], sequence)
+        histories.put(name, [1], sequence, OPEN)
     histories.longest_prefix("apple")
-    histories.put("d", [1], d)
+    histories.put("d", [1], d, OPEN)
     assert [s.closed for s in (a, b, c, d)] == [0, 1, 0, 0]
 
 
 def test_known_bounds_what_is_remembered(histories: Histories) -> None:
     sequences = held(8)
     for i, sequence in enumerate(sequences):
-        histories.put("a" * (i + 1), [i], sequence)
+        histories.put("a" * (i + 1), [i], sequence, OPEN)
     assert [s.closed for s in sequences] == [1] * 5 + [0] * 3
     assert found(histories, "aaa") is None
     assert found(histories, "aaaa") == ("aaaa", [3])
@@ -106,7 +109,7 @@ def test_release(histories: Histories) -> None:
     assert histories.release() is False
     a, b, c = held(3)
     for name, sequence in zip("abc", (a, b, c), strict=True):
-        histories.put(name, [1], sequence)
+        histories.put(name, [1], sequence, OPEN)
     assert histories.release(0.34) is True
     assert [s.closed for s in (a, b, c)] == [1, 0, 0]
     assert histories.release(0.01) is True  # at least one, or asking again would not help
@@ -119,9 +122,9 @@ def test_release(histories: Histories) -> None:
 
 def test_the_longest_held_beginning_of_the_same_tokens(histories: Histories) -> None:
     a, abc = held(2)
-    histories.put("a", [1], a)
-    histories.put("ab", [1, 2], None)
-    histories.put("abc", [1, 9], abc)
+    histories.put("a", [1], a, OPEN)
+    histories.put("ab", [1, 2], None, OPEN)
+    histories.put("abc", [1, 9], abc, OPEN)
     assert histories.longest_held("abcd", [1, 9, 4]) is histories.longest_prefix("abc")[1]
     assert histories.longest_held("abcd", [1, 2, 4]) is histories.longest_prefix("a")[1]
     assert histories.longest_held("abcd", [7]) is None
@@ -133,13 +136,13 @@ def test_what_is_being_forked_stays(histories: Histories) -> None:
     sequences = held(5)
 
     async def run() -> None:
-        histories.put("a", [1], sequences[0])
+        histories.put("a", [1], sequences[0], OPEN)
         entry = histories.longest_prefix("a")[1]
         sequences[0].go = asyncio.Event()
         forks = [asyncio.ensure_future(histories.fork(entry)) for _ in range(2)]
         await asyncio.sleep(0)
         for name, sequence in zip("bcde", sequences[1:], strict=True):
-            histories.put(name, [1], sequence)
+            histories.put(name, [1], sequence, OPEN)
         assert [s.closed for s in sequences] == [0, 1, 0, 0, 0]
         assert histories.release() is True
         assert [s.closed for s in sequences] == [0, 1, 1, 1, 1]
@@ -157,7 +160,7 @@ def test_what_is_being_forked_stays(histories: Histories) -> None:
 def test_trim_to_fewer(histories: Histories) -> None:
     a, b, c = held(3)
     for name, sequence in zip("abc", (a, b, c), strict=True):
-        histories.put(name, [1], sequence)
+        histories.put(name, [1], sequence, OPEN)
     histories.trim(live=5)
     assert [s.closed for s in (a, b, c)] == [0, 0, 0]
     histories.trim(live=1)
