@@ -58,12 +58,17 @@ class Outline:
 
     def prepare(self, ahead: Sequence[int] = ()) -> None:
         """Tokens are about to be drawn, perhaps behind these: have the masks computed meanwhile."""
-        if not self._ends and not self.waits:
+        if self._holds:
             self._constraint.prepare(ahead)
 
     def certain(self, most: int) -> list[int]:
         """Tokens that the grammar leaves no choice about."""
-        return [] if self._ends or self.waits else self._constraint.certain(most)
+        return self._constraint.certain(most) if self._holds else []
+
+    @property
+    def _holds(self) -> bool:
+        """Whether the grammar holds now, and can."""
+        return not self._ends and not self.waits and self.error is None
 
     def take(self, token: int) -> bool:
         """It was drawn; whether nothing can follow."""

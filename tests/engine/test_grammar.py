@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import threading
 from functools import cache
 from typing import Any
 
@@ -14,17 +15,21 @@ import pytest
 
 from support.engine import (
     EOS,
+    SECONDS,
     UNPAGED,
     VOCABULARY,
     Gate,
     byte_tokenizer,
+    core_of,
     finish,
     running,
     small_model,
     some_tokens,
 )
 from support.run import run
-from weft.runtime.decoding.params import Grammar, SamplingParams
+from weft.runtime.decoding import grammar as module
+from weft.runtime.decoding.grammar import Grammars
+from weft.runtime.decoding.params import MAX_GRAMMAR, Grammar, SamplingParams
 from weft.runtime.decoding.sampler import Draw, sample
 from weft.runtime.engine.front import Engine
 from weft.runtime.engine.handle import Output
@@ -210,3 +215,61 @@ def test_what_cannot_be_held_is_refused_by_name(grammar: Grammar, reason: str) -
 
     with running() as engine:
         assert len(finish(work(engine)).tokens) > 0
+
+
+def test_a_refusal_may_come_at_any_time() -> None:
+    """While the prompt is computed, a step is prepared, or calls wait."""
+    bad = Grammar("lark", "start: missing")
+
+    async def work(engine: Engine) -> None:
+        for length in range(60):
+            with pytest.raises(RequestError, match="missing"):
+                await engine.generate(PROMPT[: 1 + length], SamplingParams(grammar=bad))
+            core_of(engine).grammars._compiled.clear()
+        assert (await engine.generate(PROMPT, SamplingParams(max_tokens=3))).tokens
+
+    with running(chunk=4) as engine:
+        finish(work(engine))
+
+
+@pytest.mark.parametrize(("field", "limit"), [("step_max_items", 5), ("step_lexer_fuel", 20)])
+def test_a_grammar_that_becomes_too_much_fails_its_call(
+    field: str, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llguidance would let the output end anywhere."""
+    monkeypatch.setattr(module, "_LIMITS", llguidance.LLParserLimits(**{field: limit}))
+    schema = json.dumps(
+        {"type": "object", "additionalProperties": {"type": "string", "pattern": "^(a|b)*c{1,40}$"}}
+    )
+
+    async def work(engine: Engine) -> None:
+        params = SamplingParams(grammar=Grammar("json_schema", schema), max_tokens=100)
+        good = asyncio.create_task(engine.generate(PROMPT, SamplingParams(max_tokens=30, ignore_eos=True)))
+        with pytest.raises(RequestError, match=r"(too|Too) (many|big)") as caught:
+            await engine.generate(PROMPT, params)
+        assert caught.value.field == "json_schema"
+        assert len((await good).tokens) == 30
+
+    for drafts in (0, 3):
+        with running(drafts=drafts) as engine:
+            finish(work(engine))
+
+
+def test_compiling_has_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(module, "_SECONDS", 0.05)
+    monkeypatch.setattr(Grammars, "_source", lambda self, own: release.wait(SECONDS) and "")
+
+    async def work(engine: Engine) -> None:
+        with pytest.raises(RequestError, match="not compiled within"):
+            await engine.generate(PROMPT, SamplingParams(grammar=GRAMMARS["regex"]))
+        assert (await engine.generate(PROMPT, SamplingParams(max_tokens=3))).tokens
+
+    with running() as engine:
+        finish(work(engine))
+        release.set()
+
+
+def test_a_grammar_has_a_size_limit() -> None:
+    with pytest.raises(RequestError, match="longer than"):
+        SamplingParams(grammar=Grammar("regex", "a" * (MAX_GRAMMAR + 1))).validate()
