@@ -46,7 +46,7 @@ def _programs() -> list[tuple[str, dict[str, Any], tuple[str, ...]]]:
         ("tool_agent", {"question": question, "tools": _tools(), "run": _run_tool}, ("calls", "answer")),
         (
             "fork_and_judge",  # hot enough for some answers to be wrong
-            {"facts": _FACTS, "attribute": "city", "name": "Vommas", "temperature": 2.0},
+            {"facts": _FACTS, "attribute": "city", "name": "Vommas", "temperature": 1.6},
             ("answers", "verdicts", "answer"),
         ),
         ("extraction", {"record": _RECORD, "fields": ["seat", "city", "color", "ship"]}, ("found",)),

@@ -9,7 +9,8 @@ from typing import Any
 import sglang as sgl
 from sglang.lang.ir import REGEX_BOOL, REGEX_FLOAT, REGEX_INT, REGEX_STR
 
-from support.programs import Rig, same
+from support.programs import Rig, reciting, same
+from weft.runtime.text.tokens import EOS
 
 _SCHEMA = json.dumps(
     {
@@ -81,3 +82,22 @@ def probe_streamed(rig: Rig) -> None:
 
 def probe_stops_end_it_earlier(rig: Rig) -> None:
     assert text_of(rig, sgl.gen("x", max_tokens=9, regex="ab+c", stop="b", temperature=0)) == "a"
+
+
+def probe_reasoning_comes_before_the_grammar(_: Rig) -> None:
+    """In a thinking turn it holds behind `</think>`, with separate_reasoning and without; else from the start."""
+
+    @sgl.function
+    def asking(s: Any, separate: bool) -> None:
+        s += sgl.user("Sure?")
+        answer = sgl.gen("x", max_tokens=20, temperature=0, regex="(Never|No)")
+        s += sgl.assistant(sgl.separate_reasoning(answer, model_type="deepseek-r1") if separate else answer)
+
+    with reciting(f"<think>Hm.</think>Nope{EOS}", thinking=True) as own:
+        same(own.run(asking, False)["x"], "Hm.</think>No")
+        state = own.run(asking, True)
+        same((state["x"], state["x_reasoning_content"]), ("No", "Hm."))
+        streamed = own.run(asking, False, stream=True)
+        assert "".join(streamed.text_iter()).endswith(f"<think>Hm.</think>No{EOS}")
+    with reciting(f"</think>Nope{EOS}") as own:
+        same(own.run(asking, False)["x"], "No")
