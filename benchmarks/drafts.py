@@ -1,11 +1,13 @@
 """What drafts by the MTP block bring on the embedded model, and what they cost where they are wrong.
 
-    python benchmarks/drafts.py [--turns 3]
+    python benchmarks/drafts.py [--turns 5]
 
 Three kinds of calls, 1, 4 and 16 at a time: held-out dialogues (their last turn, greedy), the same prompts with
 their answers held to a JSON schema of four fields, and text that nobody can guess (drawn at temperature 3). Each
-with 0 to 3 drafts, in turn within one process; medians. The tokens are the same at every depth, or it stops. Per
-row: tokens a second, the ratio to no drafts, drafts and how many of them were right.
+with 0, 1 and 2 drafts at most, in turn within one process; medians. The tokens are the same at every depth, or it
+stops. Per row: tokens a second, the ratio to no drafts, drafts and how many of them were right; tokens of a call
+per step, what a step with all calls in it costs beside one without drafts, and how the ratio compares with the
+quotient of the two, which is what drafts can bring.
 """
 
 from __future__ import annotations
@@ -23,11 +25,13 @@ from weft.runtime.decoding.params import Grammar, SamplingParams
 from weft.runtime.embedded.data import TASKS
 from weft.runtime.embedded.scoring import held_out, turns
 from weft.runtime.engine.config import CoreLimits, EngineConfig
+from weft.runtime.engine.core import Core
 from weft.runtime.engine.front import Engine
 from weft.runtime.engine.handle import Output
+from weft.runtime.engine.schedule import Scheduler, Work
 from weft.runtime.text.chat import render
 
-DEPTHS = (0, 1, 2, 3)
+DEPTHS = (0, 1, 2)
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -76,35 +80,69 @@ async def run(
     return seconds, list(outputs)
 
 
+class Steps:
+    """Times the steps of cores in which so many calls decode."""
+
+    def __init__(self, calls: int) -> None:
+        self.calls = calls
+        self.seconds: list[float] = []
+        self._last: tuple[int, bool] = (0, False)
+        took, step = Scheduler.took, Core.step
+
+        def noted(scheduler: Scheduler, work: list[Work], seconds: float) -> None:
+            self._last = len(work), all(item.drafts or len(item.tokens) == 1 for item in work)
+            took(scheduler, work, seconds)
+
+        def timed(core: Core) -> None:
+            started = time.perf_counter()
+            step(core)
+            if self._last == (self.calls, True):
+                self.seconds.append(time.perf_counter() - started)
+
+        Scheduler.took, Core.step = noted, timed  # type: ignore[method-assign]
+        self.stop = lambda: (setattr(Scheduler, "took", took), setattr(Core, "step", step))
+
+
 def measure(kind: str, together: int, turns_: int) -> dict[str, Any]:
     pools = PoolSizes(tokens=32768, slots=40, context=4096)
     engines = [Engine.embedded(EngineConfig(limits=CoreLimits(drafts=depth), pools=pools)) for depth in DEPTHS]
-    texts = prompts(engines[0], max(2 * together, 8))
+    texts = prompts(engines[0], max(2 * together, 24 if kind == "dialogues" else 8))
     seconds: list[list[float]] = [[] for _ in DEPTHS]
+    steps: list[list[float]] = [[] for _ in DEPTHS]
     found: list[list[Output]] = [[] for _ in DEPTHS]
     for _ in range(turns_):
         for i, engine in enumerate(engines):
+            watch = Steps(together)
             took, found[i] = asyncio.run(run(engine, texts, KINDS[kind], together))
+            watch.stop()
             seconds[i].append(took)
+            steps[i].append(statistics.mean(watch.seconds))
     for engine in engines:
         engine.close()
     rows = {}
-    for depth, own, outputs in zip(DEPTHS, seconds, found, strict=True):
+    for depth, own, each, outputs in zip(DEPTHS, seconds, steps, found, strict=True):
         assert [output.tokens for output in outputs] == [output.tokens for output in found[0]]
         total = sum(len(output.tokens) for output in outputs)
+        right = sum(output.usage.accepted for output in outputs)
+        ratio = statistics.median(s / t for s, t in zip(seconds[0], own, strict=True))
+        cost = statistics.median(e / s for e, s in zip(each, steps[0], strict=True))
+        per_step = total / (total - right)
         rows[f"{depth} drafts"] = {
             "tokens a second": round(total / statistics.median(own), 1),
-            "ratio": round(statistics.median(seconds[0]) / statistics.median(own), 3),
+            "ratio": round(ratio, 3),
             "drafted": sum(output.usage.drafted for output in outputs),
-            "right": sum(output.usage.accepted for output in outputs),
+            "right": right,
             "tokens": total,
+            "tokens per step and call": round(per_step, 3),
+            "cost of a step": round(cost, 3),
+            "ratio to what that can bring": round(ratio * cost / per_step, 3),
         }
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--name", default="drafts")
     args = parser.parse_args()
     record(

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 _GUESS = 0.4  # of a draft's cost, until it was measured
-_HOPE = 0.7  # of a draft's chance, before a call has drafted
+_HOPE = 0.95  # of a draft's chance behind right ones, before any was drawn
 _EXPLORE = 32  # of so many steps one does not draft, to know what that takes
 _TRY = 8  # of so many calls one begins with hope, whatever became of others
 
 
 class Pace:
-    """Of one call. share: of its drafts that were right, of late."""
+    """Of one call. shares: by depth, of its drafts behind right ones that were right themselves, of late."""
 
-    def __init__(self, share: float) -> None:
-        self.share = share
+    def __init__(self, shares: Sequence[float]) -> None:
+        self.shares = list(shares)
 
     def drafts(self, most: int, cost: float) -> int:
         """How many tokens to draft, if each makes the step longer by `cost` of what it would take."""
-        count, chance = 0, self.share
-        while count < most and chance > cost:
-            count, chance = count + 1, chance * self.share
+        count, chance = 0, 1.0
+        for share in self.shares[:most]:
+            chance *= share
+            if chance <= cost:
+                break
+            count += 1
         return count
 
     def learn(self, drafted: int, right: int) -> None:
         """The first `right` of so many were drawn; what was drafted behind the next one says nothing."""
         for i in range(min(right + 1, drafted)):
-            self.share += ((i < right) - self.share) / 8
+            self.shares[i] += ((i < right) - self.shares[i]) / 8
 
 
 class Drafting:
@@ -35,19 +39,22 @@ class Drafting:
     def __init__(self, most: int) -> None:
         """most: tokens that a call may draft per step."""
         self.most = most
-        self._share = _HOPE
+        self._shares = [_HOPE] * most
         self._calls = 0
         self._steps: Counter[int] = Counter()
         self._plain: dict[int, float] = {}
         self._cost: dict[int, float] = {}
 
     def pace(self) -> Pace:
-        """Of a call that begins."""
+        """Of a call that begins. Now and then one that tries: what was found out long ago may no longer be so."""
         self._calls += 1
-        return Pace(_HOPE if self._calls % _TRY == 0 else self._share)
+        if self._calls % _TRY:
+            return Pace(self._shares)
+        self._cost = {size: _blend(cost, _GUESS, 2) for size, cost in self._cost.items()}
+        return Pace([_HOPE] * self.most)
 
     def ended(self, pace: Pace) -> None:
-        self._share += (pace.share - self._share) / 4
+        self._shares = [_blend(old, new, 4) for old, new in zip(self._shares, pace.shares, strict=True)]
 
     def cost(self, calls: int) -> float:
         """Of one draft for every call, as a share of a step without."""
@@ -59,14 +66,14 @@ class Drafting:
         return self._steps[calls.bit_length()] % _EXPLORE == 1
 
     def took(self, calls: int, drafts: int, seconds: float) -> None:
-        """A step in which each of `calls` computed one token, and `drafts` guessed ones."""
+        """A step in which each of `calls` computed one token, and some of them guessed ones, `drafts` in all."""
         size = calls.bit_length()
         if not drafts:
-            self._plain[size] = _blend(self._plain.get(size), seconds)
-        elif size in self._plain:
-            cost = (seconds / self._plain[size] - 1) / drafts
-            self._cost[size] = _blend(self._cost.get(size), cost)
+            self._plain[size] = _blend(self._plain.get(size, seconds), seconds, 8)
+        elif size in self._plain and 2 * drafts >= calls:  # of fewer, the passes of the block would be all the cost
+            cost = (seconds / self._plain[size] - 1) * calls / drafts
+            self._cost[size] = _blend(self.cost(calls), min(max(cost, 0.0), 2.0), 8)
 
 
-def _blend(old: float | None, new: float) -> float:
-    return new if old is None else old + (new - old) / 8
+def _blend(old: float, new: float, weight: int) -> float:
+    return old + (new - old) / weight

@@ -161,9 +161,8 @@ class Scheduler:
 
     def took(self, work: list[Work], seconds: float) -> None:
         """The step of this work took so long, what keeps rows for later drafts left out."""
-        depths = {item.drafts for item in work}
-        if len(depths) == 1 and all(item.guessed or len(item.tokens) == 1 for item in work):
-            self.drafting.took(len(work), depths.pop(), seconds)
+        if all(item.guessed or len(item.tokens) == 1 for item in work):
+            self.drafting.took(len(work), sum(item.drafts for item in work), seconds)
 
     def ended(self, call: GenerateCall) -> None:
         """It has drawn all its tokens."""
