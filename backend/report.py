@@ -38,13 +38,16 @@ class Request:
 class Report:
     """Builds sglang's meta_info while a generation runs."""
 
-    def __init__(self, request: Request, engine: Engine, prompt_tokens: int, prefill: m.Usage) -> None:
+    def __init__(
+        self, request: Request, engine: Engine, prompt_tokens: int, prefill: m.Usage | None = None
+    ) -> None:
+        """prefill: what computing the prompt took, if the generation itself did not."""
         self._request = request
         self._prefill = prefill
         self._first_token: float | None = None
         self._text_of = (lambda id: engine.tokenizer.decode([id])) if request.texts_in_logprobs else None
         self._id = uuid.uuid4().hex
-        self._prompt_tokens = prompt_tokens
+        self.prompt_tokens = prompt_tokens
         self._output: list[m.Logprob] = []
         self._generated = 0
         # Entries of the prompt's tokens; the very first token has nothing to be conditioned on.
@@ -61,16 +64,18 @@ class Report:
         meta: dict[str, Any] = {
             "id": self._id,
             "finish_reason": None,
-            "prompt_tokens": self._prompt_tokens,
+            "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self._generated,
-            "cached_tokens": self._prefill.cached,
+            "cached_tokens": self._prefill.cached if self._prefill is not None else 0,
         }
         if done is not None:
+            before, source = self._prefill or m.Usage(), self._prefill or done.usage
+            meta["cached_tokens"] = source.cached
             meta["finish_reason"] = finish_reason(done)
-            meta["computed_tokens"] = self._prefill.computed + done.usage.computed
-            meta["replayed_tokens"] = self._prefill.replayed + done.usage.replayed
-            meta["matched_tokens"] = max(self._prefill.matched, self._prefill.cached)
-            meta["cache_reason"] = self._prefill.reason
+            meta["computed_tokens"] = before.computed + done.usage.computed
+            meta["replayed_tokens"] = before.replayed + done.usage.replayed
+            meta["matched_tokens"] = max(source.matched, source.cached)
+            meta["cache_reason"] = source.reason
             meta["first_token_latency"] = self._first_token
             meta["e2e_latency"] = time.monotonic() - self._request.started
         if self._request.params.logprobs is not None:

@@ -47,7 +47,13 @@ TOOL = {
         "notes": {"type": "array", "items": {"type": "string", "maxLength": 8}, "maxItems": 3},
         "contact": {"type": "object", "properties": {"room": {"type": "integer"}}, "required": ["room"]},
     },
-    "required": ["destination_city", "number_of_passengers", "preferred_color", "confirmed_by_customer", "contact"],
+    "required": [
+        "destination_city",
+        "number_of_passengers",
+        "preferred_color",
+        "confirmed_by_customer",
+        "contact",
+    ],
     "additionalProperties": False,
 }
 Interval = tuple[float, float]
@@ -55,7 +61,9 @@ Interval = tuple[float, float]
 
 def quantiles(values: Sequence[float], digits: int = 1) -> dict[str, float]:
     at = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
-    return {name: round(float(np.percentile(values, q)), digits) for name, q in at.items()} | {"count": len(values)}
+    return {name: round(float(np.percentile(values, q)), digits) for name, q in at.items()} | {
+        "count": len(values)
+    }
 
 
 def compiled(schemas: Sequence[Any]) -> dict[str, Any]:

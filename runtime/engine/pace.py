@@ -70,7 +70,9 @@ class Drafting:
         size = calls.bit_length()
         if not drafts:
             self._plain[size] = _blend(self._plain.get(size, seconds), seconds, 8)
-        elif size in self._plain and 2 * drafts >= calls:  # of fewer, the passes of the block would be all the cost
+        elif (
+            size in self._plain and 2 * drafts >= calls
+        ):  # of fewer, the passes of the block would be all the cost
             cost = (seconds / self._plain[size] - 1) * calls / drafts
             self._cost[size] = _blend(self.cost(calls), min(max(cost, 0.0), 2.0), 8)
 

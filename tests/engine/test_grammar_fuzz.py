@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from typing import Any
 
 import jsonschema
@@ -16,22 +17,23 @@ from weft.runtime.decoding.params import Grammar, SamplingParams
 from weft.runtime.engine.pace import Pace
 
 
-@pytest.mark.parametrize("examples", [60, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [60, pytest.param(3000, marks=pytest.mark.slow)])
 def test_what_ends_validates(examples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pace, "drafts", lambda self, most, cost: most)
     ended = 0
 
-    with running(drafts=0, context=600) as plain, running(drafts=3, context=600) as drafting:
+    with ExitStack() as stack:
+        engines = {depth: stack.enter_context(running(drafts=depth, context=600)) for depth in (0, 1, 2, 4)}
 
         @settings(max_examples=examples, deadline=None, suppress_health_check=[*HealthCheck], derandomize=True)
-        @given(schema=SCHEMAS, length=st.integers(1, 60), seed=st.integers(0, 1 << 20))
-        def check(schema: dict[str, Any], length: int, seed: int) -> None:
+        @given(SCHEMAS, st.integers(1, 60), st.integers(0, 1 << 20), st.sampled_from([1, 2, 4]))
+        def check(schema: dict[str, Any], length: int, seed: int, depth: int) -> None:
             nonlocal ended
             grammar = Grammar("json_schema", json.dumps(schema))
             params = SamplingParams(max_tokens=160, seed=seed, temperature=1.1, grammar=grammar)
             prompt = some_tokens(length, seed % 50)
-            output = finish(drafting.generate(prompt, params))
-            assert output.tokens == finish(plain.generate(prompt, params)).tokens
+            output = finish(engines[depth].generate(prompt, params))
+            assert output.tokens == finish(engines[0].generate(prompt, params)).tokens
             if output.finish_reason == "stop":
                 ended += 1
                 jsonschema.validate(json.loads(output.text), schema)

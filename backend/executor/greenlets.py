@@ -1,0 +1,72 @@
+"""Functions that wait without blocking: each runs in a greenlet of its own, on an event loop.
+
+`spawn(function)` is awaited; whatever the function calls may `wait` for an awaitable, which gives the loop to
+others until it is done. A cancelled `spawn` raises `CancelledError` where the function waits.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from typing import Any, TypeVar
+
+from greenlet import getcurrent, greenlet
+
+T = TypeVar("T")
+
+
+class _Body(greenlet):
+    """What `spawn` runs: its parent is the loop's greenlet, which awaits for it."""
+
+
+def may_wait() -> bool:
+    return isinstance(getcurrent(), _Body)
+
+
+def wait(awaitable: Awaitable[T]) -> T:
+    """Its result. Only within `spawn`."""
+    body = getcurrent()
+    assert isinstance(body, _Body) and body.parent is not None, "nobody here awaits"
+    result: T = body.parent.switch(awaitable)
+    return result
+
+
+async def spawn(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The function's result; what it returns if it is `async def` is awaited in the greenlet too."""
+    body = _Body(function)
+    body.gr_context = contextvars.copy_context()
+    result = body.switch(*args, **kwargs)
+    while not body.dead:
+        try:
+            value = await result
+        except BaseException as error:
+            result = body.throw(error)
+        else:
+            result = body.switch(value)
+    return result
+
+
+def drive(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine inside `spawn`, so that what it calls may `wait` as well as await."""
+    error: BaseException | None = None
+    while True:
+        try:
+            future = coroutine.send(None) if error is None else coroutine.throw(error)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+        error = None
+        try:
+            wait(_Passed(future))
+        except BaseException as raised:
+            error = raised
+
+
+class _Passed:
+    """Hands a future that a coroutine has yielded on to the loop."""
+
+    def __init__(self, future: Any) -> None:
+        self._future = future
+
+    def __await__(self) -> Generator[Any, None, None]:
+        yield self._future

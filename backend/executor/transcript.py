@@ -1,0 +1,220 @@
+"""One state's history: tokens that the engine holds, and the text that they and the program's constants make.
+
+Constants are encoded when the engine needs them, as one text however they were cut; drawn tokens stay
+(`backend.borders`). Calls on one transcript are made one at a time, by its lane.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncIterator, Sequence
+
+import msgspec
+
+from weft.backend.borders import Border, encoded, shared
+from weft.runtime.decoding.params import SamplingParams
+from weft.runtime.engine import messages as m
+from weft.runtime.engine.front import Engine
+from weft.runtime.engine.handle import Sequence as Held
+from weft.runtime.errors import Cancelled, EngineDead, RequestError
+from weft.runtime.text.tokens import BOS
+from weft.runtime.text.turns import turn_cuts
+
+_ATTEMPTS = 3  # at a generation on cores that die
+
+
+class Transcript:
+    """Owns its sequence, until `close`."""
+
+    def __init__(self, engine: Engine, namespace: str = "") -> None:
+        self.engine = engine
+        self._namespace = namespace
+        self.prompt_tokens = 0  # of the last generation
+        self._pieces: list[str] = []
+        self._fixed: list[int] = []  # tokens that no longer change
+        self._open = ""  # the text behind them
+        self._held: Held | None = None
+        self._sent = 0  # tokens the sequence has: so many of `_fixed`, and behind them
+        self._tail: list[int] = []
+        self._excess = False  # the sequence has drawn tokens behind those
+        self._closed = False
+        self._turn = asyncio.Lock()
+        self._source: tuple[asyncio.Task[_Forked], int] | None = None
+        self._forks = 0  # under way: what is added belongs behind them
+        self._later: list[str] = []
+
+    @property
+    def text(self) -> str:
+        if len(self._pieces) > 1:
+            self._pieces = ["".join(self._pieces)]
+        return self._pieces[0] if self._pieces else ""
+
+    def add(self, text: str) -> None:
+        self._pieces.append(text)
+        if self._forks:
+            self._later.append(text)
+        else:
+            self._open += text
+
+    def replace_end(self, start: int, text: str) -> None:
+        """Another text from character `start` on. Tokens that spell what is before it stay."""
+        before = self.text[:start]
+        decode, skip = self.engine.tokenizer.decode, 0 if self.text.startswith(BOS) else min(1, len(self._fixed))
+        low, high = skip, len(self._fixed)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (
+                (middle, high) if before.startswith(decode(self._fixed[skip:middle])) else (low, middle - 1)
+            )
+        if self._sent > low:
+            self._sent, self._tail = low, self._fixed[low : self._sent] + self._tail
+        self._open = before[len(decode(self._fixed[skip:low])) :] + text
+        self._pieces, self._fixed = [before, text], self._fixed[:low]
+
+    async def ready(self) -> Held:
+        """The sequence, with all of the text."""
+        async with self._turn:
+            return await self._ready()
+
+    async def _ready(self) -> Held:
+        if self._source is not None:
+            task, number = self._source
+            with contextlib.suppress(EngineDead):  # then it is opened anew
+                forked = await asyncio.shield(task)
+                self._held, self._sent, self._tail = forked.children[number], forked.sent, list(forked.tail)
+            self._source = None
+        if self._closed:
+            raise Cancelled("the state has ended")
+        tokens, border = encoded(self.engine.tokenizer, self._open, self._fixed, Border(0, len(self._fixed)))
+        self._fixed, self._open = tokens[: border.tokens], self._open[border.chars :]
+        base = self._sent
+        if self._held is not None:
+            await self._correct(tokens, base + shared(self._tail, tokens[base:]))
+        if self._held is None:
+            self._held = self.engine.open(
+                tokens, cuts=turn_cuts(self.engine.tokenizer, tokens), namespace=self._namespace
+            )
+        self._sent, self._tail = len(self._fixed), tokens[len(self._fixed) :]
+        return self._held
+
+    async def _correct(self, tokens: list[int], length: int) -> None:
+        """Make the sequence's tokens these; it has the first `length` of them."""
+        assert self._held is not None
+        if self._excess or length < self._sent + len(self._tail):
+            try:
+                await self._held.truncate(length)
+            except RequestError:  # what would have to go was computed; the prefix cache knows the rest
+                self._let_go()
+                return
+            self._excess = False
+        more = tokens[length:]
+        if more:
+            self._held.extend(more, cuts=turn_cuts(self.engine.tokenizer, more))
+
+    async def tokens(self) -> list[int]:
+        """All of them."""
+        await self.ready()
+        return [*self._fixed, *self._tail]
+
+    async def generate(self, params: SamplingParams, deadline: float | None) -> AsyncIterator[m.Delta | m.Done]:
+        """Draw tokens; they and their text join the transcript. If a core dies, the next one draws the same."""
+        params = msgspec.structs.replace(params, seed=random.getrandbits(63))
+        drawn: list[int] = []
+        text: list[str] = []
+        for attempt in range(_ATTEMPTS):
+            seen = len(text)
+            held = await self.ready()
+            self.prompt_tokens = len(self._fixed) + len(self._tail)
+            try:
+                async for event in held.generate(params, deadline):
+                    if isinstance(event, m.Done):
+                        self._take(drawn[: event.kept], "".join(text), excess=event.kept < len(drawn))
+                    elif seen:
+                        seen -= 1
+                        continue
+                    else:
+                        drawn += event.tokens
+                        text.append(event.text)
+                    yield event
+                return
+            except EngineDead:
+                self._held = None
+                if attempt == _ATTEMPTS - 1:
+                    raise
+
+    def _take(self, kept: list[int], text: str, *, excess: bool) -> None:
+        """These tokens were drawn, and the sequence has them; the text may go on behind them."""
+        said = self.engine.tokenizer.decode(kept)
+        self._fixed = [*self._fixed, *self._tail, *kept]
+        self._open = text[len(said) :]
+        self._sent, self._tail, self._excess = len(self._fixed), [], excess
+        self._pieces.append(text)
+
+    async def score(
+        self, choices: Sequence[str], deadline: float | None
+    ) -> list[tuple[list[int], list[m.Logprob]]]:
+        """For each choice its tokens, from where the first of them all parts from the text's, and how likely."""
+        held = await self.ready()
+        base = len(self._fixed)
+        own, known = self._tail, Border(0, base)
+        whole = [encoded(self.engine.tokenizer, self._open + c, self._fixed, known)[0][base:] for c in choices]
+        start = min(shared(own, tokens) for tokens in whole)
+        parts = [tokens[start:] for tokens in whole]
+        if start == len(own):
+            return list(zip(parts, await held.score(parts, deadline=deadline), strict=True))
+        with self.engine.open([*self._fixed, *own[:start]], namespace=self._namespace) as shorter:
+            return list(zip(parts, await shorter.score(parts, deadline=deadline), strict=True))
+
+    def fork(self, count: int) -> list[Transcript]:
+        """Others with this history. The engine forks now, behind what it was asked before; they wait for it when
+        they first need it."""
+        children = []
+        task = None
+        if self._pieces:
+            self._forks += 1
+            task = asyncio.get_running_loop().create_task(self._forked(count))
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        for number in range(count):
+            child = Transcript(self.engine, self._namespace)
+            child._pieces, child._fixed, child._open = [self.text], list(self._fixed), self._open
+            child._source = (task, number) if task is not None else None
+            children.append(child)
+        return children
+
+    async def _forked(self, count: int) -> _Forked:
+        try:
+            held = await self.ready()
+            sent, tail = self._sent, list(self._tail)
+        finally:
+            self._forks -= 1
+            if not self._forks:
+                self._open, self._later = self._open + "".join(self._later), []
+        return _Forked(await held.fork(count), sent, tail)
+
+    def close(self) -> None:
+        """Give the KV back. Nothing else can be asked of it then."""
+        self._closed = True
+        if self._source is not None:
+            (task, number), self._source = self._source, None
+            task.add_done_callback(lambda done: _close(done, number))
+        self._let_go()
+
+    def _let_go(self) -> None:
+        held, self._held, self._excess = self._held, None, False
+        if held is not None:
+            held.close()
+
+
+class _Forked:
+    """Children of a fork, and the tokens they have (`Transcript._sent`, `_tail`)."""
+
+    def __init__(self, children: list[Held], sent: int, tail: list[int]) -> None:
+        self.children, self.sent, self.tail = children, sent, tail
+
+
+def _close(task: asyncio.Task[_Forked], number: int) -> None:
+    if not task.cancelled() and task.exception() is None:
+        with contextlib.suppress(EngineDead):
+            task.result().children[number].close()
