@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
 _GUESS = 0.4  # of a draft's cost, until it was measured
 _HOPE = 0.95  # of a draft's chance behind right ones, before any was drawn
 _EXPLORE = 32  # of so many steps one does not draft, to know what that takes
-_TRY = 8  # of so many calls one begins with hope, whatever became of others
+# Of so many calls some begin with hope, whatever became of others: together, for few drafts in a step do not pay.
+_TRIES, _TRY = 128, 16
 
 
 class Pace:
@@ -26,6 +28,10 @@ class Pace:
                 break
             count += 1
         return count
+
+    def gain(self, count: int) -> float:
+        """How many of so many drafts are likely to be right."""
+        return sum(math.prod(self.shares[: i + 1]) for i in range(count))
 
     def learn(self, drafted: int, right: int) -> None:
         """The first `right` of so many were drawn; what was drafted behind the next one says nothing."""
@@ -47,10 +53,11 @@ class Drafting:
 
     def pace(self) -> Pace:
         """Of a call that begins. Now and then one that tries: what was found out long ago may no longer be so."""
-        self._calls += 1
-        if self._calls % _TRY:
+        turn, self._calls = self._calls % _TRIES, self._calls + 1
+        if turn >= _TRY:
             return Pace(self._shares)
-        self._cost = {size: _blend(cost, _GUESS, 2) for size, cost in self._cost.items()}
+        if not turn:
+            self._cost = {size: _blend(cost, _GUESS, 2) for size, cost in self._cost.items()}
         return Pace([_HOPE] * self.most)
 
     def ended(self, pace: Pace) -> None:

@@ -105,9 +105,9 @@ class Scheduler:
         come before prefill."""
         work: list[Work] = []
         budget = self._chunk
-        decoding = sum(call.left == 1 and call.sequence.state is not None for call in active)
-        cost = self.drafting.cost(decoding)
-        plain = self.drafting.most > 0 and self.drafting.explores(decoding)
+        decoding = [call for call in active if call.left == 1 and call.sequence.state is not None]
+        wants = self._to_draft(decoding)
+        plain = self.drafting.most > 0 and self.drafting.explores(len(decoding))
         for call in sorted(active, key=lambda call: call.left > 1):
             left, state = call.left, call.sequence.state
             if not left or state is None:
@@ -115,7 +115,7 @@ class Scheduler:
             count = 1 if left == 1 else min(left, budget, call.sequence.next_cut(), state.behind or left)
             if count == 0:
                 continue
-            wanted = self._to_draft(call, cost) if left == 1 else 0
+            wanted = wants.get(call.id, 0)
             certain = self._certain(call) if left == 1 else []
             drafts = len(certain) or (0 if plain else self._may_draft(call, wanted))
             if not self._memory.reserve(call, count + drafts):
@@ -131,13 +131,19 @@ class Scheduler:
                 budget -= count
         return work
 
-    def _to_draft(self, call: Call, cost: float) -> int:
-        """How many tokens behind its next one it pays to draft."""
-        if not self.drafting.most or not isinstance(call, GenerateCall):
-            return 0
-        if call.pace is None:
-            call.pace = self.drafting.pace()
-        return call.pace.drafts(self.drafting.most, cost)
+    def _to_draft(self, decoding: list[Call]) -> dict[int, int]:
+        """By call, how many tokens behind its next one it pays to draft; none if too few calls would."""
+        if not self.drafting.most:
+            return {}
+        cost, gain, wants = self.drafting.cost(len(decoding)), 0.0, {}
+        for call in decoding:
+            if isinstance(call, GenerateCall):
+                if call.pace is None:
+                    call.pace = self.drafting.pace()
+                wants[call.id] = call.pace.drafts(self.drafting.most, cost)
+                gain += call.pace.gain(wants[call.id])
+        # Half of what drafts cost is for the first of a step.
+        return wants if gain > cost * (len(decoding) + sum(wants.values())) / 2 else {}
 
     def _may_draft(self, call: Call, wanted: int) -> int:
         """How many of them now: none before the first token is drawn, nor where others would have to give way."""

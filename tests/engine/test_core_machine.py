@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from support.book import Book
-from support.engine import some_tokens
+from support.engine import draft_always, some_tokens
 from weft.runtime.decoding.params import SamplingParams
-from weft.runtime.engine.pace import Pace
 
 CONTEXT, QUEUE, OPEN = 160, 10, 7
 LENGTHS = st.integers(1, 5) | st.sampled_from((15, 16, 17, 127, 128, 129)) | st.integers(1, 140)
@@ -164,7 +163,7 @@ class Messages(RuleBasedStateMachine):
 @pytest.mark.parametrize("examples", [30, pytest.param(1000, marks=pytest.mark.slow)])
 def test_messages(examples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """About 110 messages and steps each. Calls go on drafting however wrong they are."""
-    monkeypatch.setattr(Pace, "drafts", lambda self, most, cost: most)
+    draft_always(monkeypatch)
     skipped = [HealthCheck.too_slow, HealthCheck.filter_too_much]
     run_state_machine_as_test(
         Messages, settings=settings(max_examples=examples, stateful_step_count=20, suppress_health_check=skipped)

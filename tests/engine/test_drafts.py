@@ -6,11 +6,10 @@ import asyncio
 
 import pytest
 
-from support.engine import Gate, core_of, drawn_again, finish, running, some_tokens
+from support.engine import Gate, core_of, draft_always, drawn_again, finish, running, some_tokens
 from weft.runtime.decoding.params import SamplingParams
 from weft.runtime.engine.front import Engine
 from weft.runtime.engine.handle import Output
-from weft.runtime.engine.pace import Pace
 from weft.runtime.errors import ConfigError
 
 PROMPT = some_tokens(150, seed=1)
@@ -35,7 +34,7 @@ ODD = SamplingParams(
 @pytest.fixture(autouse=True)
 def never_hopeless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random weights draft badly; go on all the same, and as far as may be."""
-    monkeypatch.setattr(Pace, "drafts", lambda self, most, cost: most)
+    draft_always(monkeypatch)
 
 
 def fields(output: Output) -> tuple[object, ...]:

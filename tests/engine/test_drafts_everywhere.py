@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from support.draw import random_config, random_weights
-from support.engine import byte_tokenizer, finish, running, some_tokens
+from support.engine import byte_tokenizer, draft_always, finish, running, some_tokens
 from weft.runtime.cache.capacity import PoolSizes
 from weft.runtime.decoding.params import Grammar, SamplingParams
 from weft.runtime.embedded.data import TASKS
@@ -22,7 +22,6 @@ from weft.runtime.engine.config import CoreLimits, EngineConfig
 from weft.runtime.engine.front import EMBEDDED, Engine
 from weft.runtime.engine.handle import Output
 from weft.runtime.engine.host import load_model
-from weft.runtime.engine.pace import Pace
 from weft.runtime.model.model import Model
 from weft.runtime.text.tokenizer import Tokenizer
 
@@ -37,7 +36,7 @@ JSON = Grammar("json_schema", json.dumps(SCHEMA))
 
 @pytest.fixture(autouse=True)
 def never_hopeless(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Pace, "drafts", lambda self, most, cost: most)
+    draft_always(monkeypatch)
 
 
 async def all_of(engine: Engine, asked: Sequence[tuple[list[int], SamplingParams]]) -> list[Output]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.engine import byte_tokenizer, finish, running, small_config, some_tokens
+from support.engine import byte_tokenizer, draft_always, finish, running, small_config, some_tokens
 from support.gtest import g_test
 from support.run import run
 from weft.runtime.checkpoint.dummy import dummy_weights
@@ -18,7 +18,6 @@ from weft.runtime.decoding.params import Grammar, SamplingParams
 from weft.runtime.decoding.sampler import Draw, distribution
 from weft.runtime.engine.front import Engine
 from weft.runtime.engine.handle import Output
-from weft.runtime.engine.pace import Pace
 from weft.runtime.model.model import Model
 
 PROMPT = some_tokens(40, seed=1)
@@ -33,7 +32,7 @@ LETTERS = [3 + byte for byte in range(ord("a"), ord("z") + 1)]
 
 @pytest.fixture(autouse=True)
 def never_hopeless(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Pace, "drafts", lambda self, most, cost: most)
+    draft_always(monkeypatch)
 
 
 @cache

@@ -21,6 +21,7 @@ from support.engine import (
     Gate,
     byte_tokenizer,
     core_of,
+    draft_always,
     finish,
     running,
     small_model,
@@ -33,7 +34,6 @@ from weft.runtime.decoding.params import MAX_GRAMMAR, Grammar, SamplingParams
 from weft.runtime.decoding.sampler import Draw, sample
 from weft.runtime.engine.front import Engine
 from weft.runtime.engine.handle import Output
-from weft.runtime.engine.pace import Pace
 from weft.runtime.errors import RequestError
 from weft.runtime.text.tokens import THINK_END, THINK_START
 
@@ -109,7 +109,7 @@ def matches(grammar: Grammar, text: str) -> bool:
 
 @pytest.fixture(autouse=True)
 def never_hopeless(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Pace, "drafts", lambda self, most, cost: most)
+    draft_always(monkeypatch)
 
 
 @pytest.mark.parametrize("drafts", [0, 1, 3])

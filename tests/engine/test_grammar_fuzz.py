@@ -11,15 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from support.engine import finish, running, some_tokens
+from support.engine import draft_always, finish, running, some_tokens
 from support.schemas import SCHEMAS
 from weft.runtime.decoding.params import Grammar, SamplingParams
-from weft.runtime.engine.pace import Pace
 
 
 @pytest.mark.parametrize("examples", [60, pytest.param(3000, marks=pytest.mark.slow)])
 def test_what_ends_validates(examples: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Pace, "drafts", lambda self, most, cost: most)
+    draft_always(monkeypatch)
     ended = 0
 
     with ExitStack() as stack:

@@ -9,12 +9,11 @@ from typing import Any
 import jsonschema
 import pytest
 
-from support.engine import EOS, byte_tokenizer, finish, running
+from support.engine import EOS, byte_tokenizer, draft_always, finish, running
 from weft.runtime.decoding.params import SamplingParams
 from weft.runtime.decoding.tool_calls import tool_grammar
 from weft.runtime.engine.front import Engine
 from weft.runtime.engine.handle import Output
-from weft.runtime.engine.pace import Pace
 from weft.runtime.errors import RequestError
 from weft.runtime.text.chat import Prompt, render
 from weft.runtime.text.chat_output import Reply, parse
@@ -41,7 +40,7 @@ HI = [{"role": "user", "content": "Hi"}]
 
 @pytest.fixture(autouse=True)
 def never_hopeless(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Pace, "drafts", lambda self, most, cost: most)
+    draft_always(monkeypatch)
 
 
 def asked(choice: Any, thinking: bool, seed: int, *, parallel: bool = True) -> tuple[Prompt, SamplingParams]:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
 
+import pytest
 import tokenizers
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ from weft.runtime.engine.config import CoreLimits, EngineConfig
 from weft.runtime.engine.core import Core
 from weft.runtime.engine.front import Engine
 from weft.runtime.engine.link import ThreadLink
+from weft.runtime.engine.pace import Drafting
 from weft.runtime.model.batch import Batch
 from weft.runtime.model.model import Model
 from weft.runtime.text.tokenizer import Tokenizer, byte_tokenizer_json
@@ -151,6 +153,11 @@ class Gate:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
+
+
+def draft_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights draft badly; go on all the same, and as far as may be."""
+    monkeypatch.setattr(Drafting, "cost", lambda self, calls: -1.0)
 
 
 @contextmanager
