@@ -8,6 +8,7 @@ WeftError
 │   └── ContextLengthError   prompt and output do not fit the context
 ├── Overloaded           the bounded queue or the state pools are full; try again
 ├── DeadlineExceeded     the call's deadline passed before it finished
+├── BudgetExceeded       a program spent the tokens or the money it was given
 ├── Cancelled            the caller cancelled the call, or closed its sequence
 └── EngineDead           the engine core stopped; every waiting call gets this
 """
@@ -56,6 +57,15 @@ class Overloaded(WeftError):
     def __init__(self, reason: str, retry_after: float = 1.0) -> None:
         super().__init__(reason)
         self.retry_after = retry_after
+
+
+class BudgetExceeded(WeftError):
+    """A program spent what it was given. limit: its name; value: how much that was."""
+
+    def __init__(self, limit: str, value: float, reason: str) -> None:
+        super().__init__(f"{limit} = {value!r}: {reason}")
+        self.limit = limit
+        self.value = value
 
 
 class Cancelled(WeftError):

@@ -211,7 +211,7 @@ class Core:
     def _heads(self) -> list[Call]:
         """The call whose turn it is on each sequence, refused if it cannot end well."""
         heads = []
-        for sequence in list(self.sequences.values()):
+        for sequence in dict.fromkeys(call.sequence for call in self.calls.values()):
             while sequence.calls:
                 call = sequence.calls[0]
                 error = self._refusal(call)

@@ -113,6 +113,12 @@ class Sequence:
             child.origin = done.usage
         return children
 
+    async def compute(self, deadline: float | None = None) -> None:
+        """Run what was appended now, so that later calls need not."""
+        self._check_open()
+        at = absolute(deadline)
+        await self.engine.result(lambda call: m.Fork(call, self.id, [], at))
+
     async def append_scored(
         self, tokens: Seq[int], top: int = 0, deadline: float | None = None
     ) -> list[m.Logprob]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+import statistics
+from collections import Counter, deque
 from collections.abc import Sequence
 
 _GUESS = 0.4  # of a draft's cost, until it was measured
 _HOPE = 0.95  # of a draft's chance behind right ones, before any was drawn
+_LAST = 15
+_FADES = 256  # after so many steps half of what was measured is forgotten: it may have been a bad moment
 _EXPLORE = 32  # of so many steps one does not draft, to know what that takes
 # Of so many calls some begin with hope, whatever became of others: together, for few drafts in a step do not pay.
 _TRIES, _TRY = 128, 16
@@ -48,8 +51,10 @@ class Drafting:
         self._shares = [_HOPE] * most
         self._calls = 0
         self._steps: Counter[int] = Counter()
-        self._plain: dict[int, float] = {}
-        self._cost: dict[int, float] = {}
+        self._since: Counter[int] = Counter()  # steps without drafts, since the last one with
+        # Medians of the last ones: a machine that was busy for a moment says nothing of drafts.
+        self._plain: dict[int, deque[float]] = {}
+        self._cost: dict[int, deque[float]] = {}
 
     def pace(self) -> Pace:
         """Of a call that begins. Now and then one that tries: what was found out long ago may no longer be so."""
@@ -57,7 +62,7 @@ class Drafting:
         if turn >= _TRY:
             return Pace(self._shares)
         if not turn:
-            self._cost = {size: _blend(cost, _GUESS, 2) for size, cost in self._cost.items()}
+            self._cost.clear()
         return Pace([_HOPE] * self.most)
 
     def ended(self, pace: Pace) -> None:
@@ -65,23 +70,26 @@ class Drafting:
 
     def cost(self, calls: int) -> float:
         """Of one draft for every call, as a share of a step without."""
-        return self._cost.get(calls.bit_length(), _GUESS)
+        size = calls.bit_length()
+        known = statistics.median(self._cost.get(size, [_GUESS]))
+        return _GUESS + (known - _GUESS) * 0.5 ** (self._since[size] / _FADES)
 
     def explores(self, calls: int) -> bool:
         """Whether the step that comes is to be one without drafts."""
-        self._steps[calls.bit_length()] += 1
-        return self._steps[calls.bit_length()] % _EXPLORE == 1
+        size = calls.bit_length()
+        self._steps[size] += 1
+        few = len(self._plain.get(size, ())) < _LAST // 2
+        return self._steps[size] % (_EXPLORE // 8 if few else _EXPLORE) == 1
 
     def took(self, calls: int, drafts: int, seconds: float) -> None:
         """A step in which each of `calls` computed one token, and some of them guessed ones, `drafts` in all."""
         size = calls.bit_length()
+        self._since[size] = 0 if drafts else self._since[size] + 1
         if not drafts:
-            self._plain[size] = _blend(self._plain.get(size, seconds), seconds, 8)
-        elif (
-            size in self._plain and 2 * drafts >= calls
-        ):  # of fewer, the passes of the block would be all the cost
-            cost = (seconds / self._plain[size] - 1) * calls / drafts
-            self._cost[size] = _blend(self.cost(calls), min(max(cost, 0.0), 2.0), 8)
+            self._plain.setdefault(size, deque(maxlen=_LAST)).append(seconds)
+        elif size in self._plain and 2 * drafts >= calls:  # of fewer, the block's passes would be all the cost
+            cost = (seconds / statistics.median(self._plain[size]) - 1) * calls / drafts
+            self._cost.setdefault(size, deque([_GUESS] * 3, maxlen=_LAST)).append(cost)
 
 
 def _blend(old: float, new: float, weight: int) -> float:
