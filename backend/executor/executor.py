@@ -7,34 +7,52 @@ generations run, and waits only where it reads what is not there yet.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import inspect
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal, Self
 
 from sglang.lang import ir
 
-from weft.backend.executor.base import Cost, Piece, ProgramError, Scope
-from weft.backend.executor.greenlets import drive, spawn
+from weft.backend.executor.admission import Admission, Need, declared
+from weft.backend.executor.base import (
+    UNLIMITED,
+    Cost,
+    Ground,
+    Limits,
+    Piece,
+    ProgramError,
+    Scope,
+    Tally,
+)
+from weft.backend.executor.branches import run_body
+from weft.backend.executor.greenlets import spawn
 from weft.backend.executor.lane import Lane
+from weft.backend.executor.outside import Outside
+from weft.backend.executor.stalls import Stall, Watchman
 from weft.backend.executor.state import State
 from weft.backend.executor.transcript import Transcript
 from weft.backend.template import DeepSeekV4Template
 from weft.runtime.engine.front import Engine
-from weft.runtime.engine.handle import absolute
-from weft.runtime.errors import DeadlineExceeded, RequestError
+from weft.runtime.errors import DeadlineExceeded, RequestError, UnsupportedError
 
 _SAMPLING = inspect.signature(ir.SglSamplingParams).parameters.keys()
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has ended. state: the program's own, with its text and variables. value: what it returned."""
+    """A run that has ended. state: the program's own, with its text and variables. value: what it returned.
+    cost: over all its states. most: the most it held at one time."""
 
     state: State
     value: Any
     cost: Cost
+    most: Need
 
     def __getitem__(self, name: str) -> Any:
         return self.state[name]
@@ -44,28 +62,59 @@ class Run:
 
 
 class ProgramExecutor:
-    """Over one engine, which is the caller's to close. Used from one event loop."""
+    """Over one engine, which is the caller's to close. Used from one event loop. `close` it, or use it as a
+    context manager, to end its threads."""
 
-    def __init__(self, engine: Engine, *, thinking: bool = False, namespace: str = "") -> None:
-        """thinking: assistant turns begin inside `<think>`. namespace: as for `Engine.open`."""
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        thinking: bool = False,
+        namespace: str = "",
+        reserve: Literal["declared", "traced"] = "declared",
+        patience: float | None = 0.0,
+        stall: float = 0.1,
+        on_stall: Callable[[Stall], None] | None = None,
+    ) -> None:
+        """thinking: assistant turns begin inside `<think>`. namespace: as for `Engine.open`.
+
+        reserve: slots and KV for programs that declare what they need (`declare`), or also for those that were
+        seen to. patience: seconds that such a run may wait for them before it is refused as `Overloaded`, None for
+        as long as it takes. stall: seconds for which a program may hold the loop before it is reported, to
+        `on_stall` too."""
         self.engine = engine
         self._template = DeepSeekV4Template(thinking)
         self._namespace = namespace
+        self._reserve, self._patience = reserve, patience
+        self._admission = Admission(engine)
+        self._outside = Outside()
+        self._watchman = Watchman(stall, on_stall)
 
-    async def run(self, program: Any, *args: Any, deadline: float | None = None, **kwargs: Any) -> Run:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the threads that tools and the watch over the loop run in. Safe to call twice."""
+        self._outside.close()
+        self._watchman.close()
+
+    async def run(self, program: Any, *args: Any, within: Limits = UNLIMITED, **kwargs: Any) -> Run:
         """The program's arguments by place or name, and sglang's sampling defaults (`temperature`, `stop` ...) by
-        name; an argument that the program has itself is the program's. deadline: in seconds.
+        name; an argument that the program has itself is the program's.
 
-        Raises `ProgramError`; `DeadlineExceeded`; what the program's own code raises. Cancelling the task ends all
-        of its states."""
-        return await self._run(program, args, kwargs, deadline, lambda piece: None)
+        Raises `ProgramError`; `DeadlineExceeded`; `Overloaded` before anything was done; what the program's own
+        code raises. Cancelling the task ends all of its states."""
+        return await self._run(program, args, kwargs, within, None)
 
     async def stream(
-        self, program: Any, *args: Any, deadline: float | None = None, **kwargs: Any
+        self, program: Any, *args: Any, within: Limits = UNLIMITED, **kwargs: Any
     ) -> AsyncIterator[Piece | Run]:
         """Every piece of every variable of every state as it is made, then the run. Leaving early cancels it."""
         pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
-        task = asyncio.ensure_future(self._run(program, args, kwargs, deadline, pieces.put_nowait))
+        task = asyncio.ensure_future(self._run(program, args, kwargs, within, pieces.put_nowait))
         task.add_done_callback(lambda done: pieces.put_nowait(None))
         try:
             while (piece := await pieces.get()) is not None:
@@ -81,12 +130,12 @@ class ProgramExecutor:
         arguments: Iterable[Mapping[str, Any]],
         *,
         concurrency: int = 256,
-        deadline: float | None = None,
+        within: Limits = UNLIMITED,
         progress: Callable[[int], None] | None = None,
         **defaults: Any,
     ) -> list[Run | Exception]:
         """A run for each set of arguments, so many at a time; results in order, failures in the place of theirs.
-        deadline: of each. progress: told how many have ended. defaults: of sampling."""
+        within: limits of each. progress: told how many have ended. defaults: of sampling."""
         if type(concurrency) is not int or concurrency < 1:
             raise RequestError("concurrency", concurrency, "must be an integer, at least 1")
         own = list(arguments)
@@ -97,7 +146,9 @@ class ProgramExecutor:
             nonlocal ended
             for place, given in waiting:
                 try:
-                    results[place] = await self.run(program, deadline=deadline, **{**defaults, **given})
+                    results[place] = await self._run(
+                        program, (), {**defaults, **given}, within, None, patient=True
+                    )
                 except Exception as error:
                     results[place] = error
                 ended += 1
@@ -114,62 +165,75 @@ class ProgramExecutor:
         program: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        deadline: float | None,
-        emit: Callable[[Piece], None],
+        within: Limits,
+        emit: Callable[[Piece], None] | None,
+        patient: bool = False,
     ) -> Run:
         own, defaults = self._split(program, kwargs)
-        scope = Scope(
-            program.func.__name__,
-            self.engine,
-            self._template,
-            defaults,
-            asyncio.get_running_loop(),
-            emit,
-            self._namespace,
-            absolute(deadline),
-        )
-        state = State(Lane(scope, Transcript(self.engine, self._namespace)))
+        async with AsyncExitStack() as stack:
+            need = declared(program).need
+            if need is None and self._reserve == "traced":
+                need = self._admission.traced(program)
+            if need is not None:
+                await stack.enter_async_context(self._admission.enter(need, None if patient else self._patience))
+            ground = self._ground(program, defaults, emit)
+            scope = Scope(ground, within)
+            state = State(Lane(scope, Transcript(self.engine, self._namespace)))
+            try:
+                value = await self._body(program, state, args, own)
+            finally:
+                scope.close()
+                self._admission.saw(program, ground.tally)
+        return Run(state, value, scope.cost, Need(ground.tally.most_states, ground.tally.most_tokens))
+
+    async def _body(self, program: Any, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run it to the end of all its states, or to its deadline."""
+        scope = state.lane.scope
+        ground, body = scope.ground, partial(run_body, program, state, args, kwargs)
         try:
-            async with asyncio.timeout_at(_on_loop(scope)):
-                value = await spawn(_body, program.func, state, args, own | program.bind_arguments)
-            return Run(state, value, scope.cost)
-        except TimeoutError:
-            if scope.ends is None or time.monotonic() < scope.ends:
-                raise  # the program's own
-            raise DeadlineExceeded(f"{scope.program}: the run's deadline has passed") from None
-        finally:
-            scope.close()
+            async with asyncio.timeout_at(scope.ends_on_loop()):
+                if declared(program).thread:
+                    return await self._outside.call("program", body, contextvars.copy_context())
+                return await spawn(body, watch=ground.watch)
+        except (TimeoutError, ProgramError) as error:
+            cause = error.__cause__ if isinstance(error, ProgramError) else error
+            late = scope.ends is not None and time.monotonic() >= scope.ends
+            if late and isinstance(cause, TimeoutError | DeadlineExceeded):
+                raise DeadlineExceeded(f"{ground.program}: the run's deadline has passed") from error
+            raise  # the program's own
+
+    def _ground(self, program: Any, defaults: Any, emit: Callable[[Piece], None] | None) -> Ground:
+        name = program.func.__name__
+        return Ground(
+            program=name,
+            engine=self.engine,
+            template=self._template,
+            defaults=defaults,
+            loop=asyncio.get_running_loop(),
+            thread=threading.get_ident(),
+            watch=self._watchman.watch(name, program.func.__code__),
+            outside=self._outside,
+            tally=Tally(),
+            emit=emit,
+            namespace=self._namespace,
+        )
 
     @staticmethod
     def _split(program: Any, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         """Arguments of the program, and sampling defaults."""
+        if program.num_api_spec_tokens is not None:
+            raise UnsupportedError("num_api_spec_tokens", program.num_api_spec_tokens, "for remote chat APIs only")
+        parameters = inspect.signature(program.func).parameters
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         defaults = ir.SglSamplingParams()
         own: dict[str, Any] = {}
         for name, value in kwargs.items():
-            if name in program.arg_names:
+            if name in parameters:
                 own[name] = value
             elif name in _SAMPLING:
                 setattr(defaults, name, value)
+            elif takes_any:
+                own[name] = value
             else:
                 raise RequestError(name, value, f"{program.func.__name__} has no such argument")
         return own, defaults
-
-
-def _on_loop(scope: Scope) -> float | None:
-    """Its deadline by the loop's clock."""
-    return None if scope.ends is None else scope.loop.time() + scope.ends - time.monotonic()
-
-
-def _body(function: Callable[..., Any], state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Runs in the greenlet; the run ends with the last of its states that were not joined, or fails with one."""
-    value = function(state, *args, **kwargs)
-    if inspect.iscoroutine(value):
-        value = drive(value)
-    scope = state.lane.scope
-    for lane in list(scope.lanes):
-        if not lane.closed:
-            lane.sync()
-    return value
-
-
-__all__ = ["Cost", "Piece", "ProgramError", "ProgramExecutor", "Run"]

@@ -7,9 +7,12 @@ import copy
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from sglang.lang import ir
 
 from weft.backend.convert import token_entry
+from weft.backend.executor.base import Piece
+from weft.backend.executor.leaves import Held
 from weft.backend.executor.transcript import Transcript
 from weft.backend.report import Report, Request
 from weft.runtime.engine import messages as m
@@ -23,9 +26,12 @@ _GREEDY = 1e-5
 
 async def generate(lane: Lane, leaf: ir.SglGen) -> None:
     """Draw n completions; the first goes on the transcript."""
-    asked = resolved(lane.scope.defaults, leaf.sampling_params)
+    lane.scope.check_spent()
+    asked = resolved(lane.ground.defaults, leaf.sampling_params)
     state = SimpleNamespace(text_=lane.transcript.text, images_=[], num_api_spec_tokens=None)
     request = Request(state, asked)
+    if isinstance(leaf, Held):
+        request.params = msgspec.structs.replace(request.params, grammar=leaf.grammar)
     lane.begins(leaf.name)
     count = request.count
     others = lane.transcript.fork(count - 1) if count > 1 else []
@@ -54,30 +60,34 @@ async def _all(runs: list[Any]) -> list[Any]:
 async def _complete(
     lane: Lane, leaf: ir.SglGen, request: Request, transcript: Transcript
 ) -> tuple[str, dict[str, Any]]:
-    scope = lane.scope
-    report = Report(request, scope.engine, 0)
+    scope, ground = lane.scope, lane.ground
+    report = Report(request, ground.engine, 0)
     pieces: list[str] = []
     start = request.prompt_logprobs_from
     if start is not None:
         tokens = await transcript.tokens()
         report.first = tokens[0] if start == 0 else None
-        with scope.engine.open(tokens[:start], namespace=scope.namespace) as sequence:
+        with ground.engine.open(tokens[:start], namespace=ground.namespace) as sequence:
             top = request.params.logprobs or 0
             report.prompt = await sequence.append_scored(tokens[start:], top, scope.left())
-    async for event in transcript.generate(request.params, scope.left()):
+    main = transcript is lane.transcript
+
+    def more(delta: m.Delta) -> None:
+        scope.spend(len(delta.tokens))
         report.prompt_tokens = transcript.prompt_tokens
-        if isinstance(event, m.Delta):
-            report.add(event)
-            pieces.append(event.text)
-            if transcript is lane.transcript:
-                lane.piece(leaf.name, event.text, report.meta())
-        else:
-            scope.cost.add(event.usage)
-            meta = report.meta(event)
-            if transcript is lane.transcript:
-                lane.piece(leaf.name, "", meta)
-            return "".join(pieces), meta
-    raise AssertionError("a generation ends with Done or an exception")
+        report.add(delta)
+        pieces.append(delta.text)
+        if main and ground.emit is not None:
+            ground.emit(Piece(lane.path, leaf.name, delta.text, report.meta()))
+
+    done = await transcript.generate(request.params, scope.left(), more)
+    scope.add(done.usage)
+    report.prompt_tokens = transcript.prompt_tokens
+    lane.grew(transcript.grown())
+    meta = report.meta(done)
+    if main:
+        lane.piece(leaf.name, "", meta)
+    return "".join(pieces), meta
 
 
 def resolved(defaults: Any, own: Any) -> Any:
@@ -96,7 +106,7 @@ async def select(lane: Lane, leaf: ir.SglSelect) -> None:
         raise RequestError("temperature", leaf.temperature, "select scores its choices, it does not sample")
     if not choices or not all(isinstance(choice, str) and choice for choice in choices):
         raise RequestError("choices", choices, "must be non-empty strings")
-    engine = lane.scope.engine
+    engine = lane.ground.engine
     scored = await lane.transcript.score(choices, lane.scope.left())
     entries = [[token_entry(r, lambda id: engine.tokenizer.decode([id])) for r in own] for _, own in scored]
     unconditional = None
@@ -117,8 +127,8 @@ async def select(lane: Lane, leaf: ir.SglSelect) -> None:
 
 async def _unconditional(lane: Lane, tokens: list[int]) -> list[list[Any]]:
     """A choice on its own; its first token has nothing to be conditioned on."""
-    engine = lane.scope.engine
-    with engine.open([], namespace=lane.scope.namespace) as sequence:
+    engine = lane.ground.engine
+    with engine.open([], namespace=lane.ground.namespace) as sequence:
         results = await sequence.append_scored(tokens, deadline=lane.scope.left())
     own = [token_entry(result, lambda id: engine.tokenizer.decode([id])) for result in results]
     return [[None, tokens[0], engine.tokenizer.decode(tokens[:1])], *own]

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Awaitable, Callable, Coroutine, Generator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from greenlet import getcurrent, greenlet
+
+if TYPE_CHECKING:
+    from weft.backend.executor.stalls import Watch
 
 T = TypeVar("T")
 
@@ -31,19 +34,23 @@ def wait(awaitable: Awaitable[T]) -> T:
     return result
 
 
-async def spawn(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The function's result; what it returns if it is `async def` is awaited in the greenlet too."""
+async def spawn(function: Callable[..., Any], *args: Any, watch: Watch | None = None) -> Any:
+    """The function's result. watch: told when the function holds the loop, and when it does not."""
     body = _Body(function)
     body.gr_context = contextvars.copy_context()
-    result = body.switch(*args, **kwargs)
-    while not body.dead:
+    switch, argument = body.switch, args
+    while True:
+        if watch is not None:
+            watch.begins()
+        result = switch(*argument)
+        if watch is not None:
+            watch.ends()
+        if body.dead:
+            return result
         try:
-            value = await result
+            argument, switch = (await result,), body.switch
         except BaseException as error:
-            result = body.throw(error)
-        else:
-            result = body.switch(value)
-    return result
+            argument, switch = (error,), body.throw
 
 
 def drive(coroutine: Coroutine[Any, Any, T]) -> T:

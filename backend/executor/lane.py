@@ -7,23 +7,44 @@ task of the loop. The first error ends the lane: what waits for it, or asks it f
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import deque
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Callable, Coroutine
+from functools import partial, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from sglang.lang import ir
 
-from weft.backend.executor.base import Piece, ProgramError, Scope
+from weft.backend.executor.base import Ground, Piece, ProgramError, Scope
 from weft.backend.executor.generation import generate, select
-from weft.backend.executor.greenlets import may_wait, wait
+from weft.backend.executor.greenlets import may_wait, spawn, wait
+from weft.backend.executor.leaves import Plain, generated, leaves, names
 from weft.backend.executor.transcript import Transcript
 from weft.runtime.errors import RequestError, UnsupportedError
 
 _AT_ONCE = (ir.SglConstantText, ir.SglRoleBegin, ir.SglRoleEnd, ir.SglVarScopeBegin, ir.SglVarScopeEnd)
+_WORTH = 256  # characters of text that are worth a call of their own, to be computed while the program waits
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _on_loop(method: Callable[Concatenate[Lane, P], T]) -> Callable[Concatenate[Lane, P], T]:
+    """Called from a thread, as by programs that run in one, it is done on the loop."""
+
+    @wraps(method)
+    def call(self: Lane, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        if threading.get_ident() == self.ground.thread or self.scope.closed:
+            return method(self, *args, **kwargs)
+        done = asyncio.run_coroutine_threadsafe(spawn(partial(method, self, *args, **kwargs)), self.ground.loop)
+        result: T = done.result()
+        return result
+
+    return call
 
 
 class Lane:
-    """Owned by its run (`Scope`), which ends it. path: "" for the program's own, "/0/1" for forks of forks."""
+    """Owned by its scope, which ends it. path: "" for the program's own, "/0/1" for forks of forks."""
 
     def __init__(self, scope: Scope, transcript: Transcript, path: str = "") -> None:
         self.scope, self.transcript, self.path = scope, transcript, path
@@ -33,6 +54,7 @@ class Lane:
         self.error: ProgramError | None = None
         self.closed = False
         self.forked_at = 0  # characters
+        self.tokens = 0  # of its own, behind those of the fork it began with
         self._role: str | None = None
         self._role_start = 0
         self._forks = 0
@@ -41,77 +63,136 @@ class Lane:
         self._unseparated: set[str] = set()  # variables with reasoning that will be split off
         self._queue: deque[ir.SglExpr] = deque()
         self._task: asyncio.Task[None] | None = None
-        scope.lanes.append(self)
+        scope.adopt(self)
+
+    @property
+    def ground(self) -> Ground:
+        return self.scope.ground
 
     # -- what a program's body does ---------------------------------------------------------------------
 
+    @_on_loop
     def submit(self, expression: Any) -> None:
         self._check()
-        leaves = list(_leaves(expression))
-        for leaf in leaves:
-            for name in _names(leaf):
-                self._awaited[name] = self.scope.loop.create_future()
+        more = list(leaves(expression))
+        for leaf in more:
+            for name in names(leaf):
+                self._awaited[name] = self.ground.loop.create_future()
             if isinstance(leaf, ir.SglSeparateReasoning):
-                self._unseparated.update(own.name for own in _generated(leaf.expr))
-        self._queue.extend(leaves)
+                self._unseparated.update(own.name for own in generated(leaf.expr))
+        self._queue.extend(more)
         if self._task is None:
             self._work_at_once()
-        if self._task is None and self._queue:
-            self._task = self.scope.loop.create_task(self._work())
+        self._start()
 
+    def _start(self) -> None:
+        if self._task is None and self._queue:
+            self._task = self.ground.loop.create_task(self._work())
+
+    @_on_loop
     def get(self, name: str) -> Any:
         """A variable, once it is there."""
         self.settle(name)
         return self.variables[name]
 
+    @_on_loop
     def settle(self, name: str) -> None:
         """Until the variable is there, or never will be."""
         future = self._awaited.get(name)
         if future is not None and not future.done():
-            self._wait(asyncio.wait({future}))
+            self.wait(asyncio.wait({future}))
         if self.error is not None and name not in self.variables:
             raise self.error
 
+    @_on_loop
     def sync(self) -> None:
         """Until all that was submitted is done."""
         if self._task is not None:
-            self._wait(asyncio.wait({self._task}))
+            self.wait(asyncio.wait({self._task}))
         if self.error is not None:
             raise self.error
 
-    def fork(self, count: int) -> list[Lane]:
-        """Lanes that go on from here, each its own way."""
+    @_on_loop
+    def fork(self, count: int, scopes: list[Scope] | None = None) -> list[Lane]:
+        """Lanes that go on from here, each its own way. scopes: whose they are, if not this one's."""
         if type(count) is not int or count < 1:
             raise RequestError("size", count, "must be an integer, at least 1")
+        self._check()
         self.sync()
         lanes = []
-        for number, transcript in enumerate(self.transcript.fork(count), self._forks):
-            lane = Lane(self.scope, transcript, f"{self.path}/{number}")
+        for number, transcript in enumerate(self.transcript.fork(count)):
+            scope = self.scope if scopes is None else scopes[number]
+            lane = Lane(scope, transcript, f"{self.path}/{self._forks + number}")
             lane.variables, lane.messages = dict(self.variables), list(self.messages)
+            lane.meta = dict(self.meta)
             lane._role, lane._role_start = self._role, self._role_start
             lane.forked_at = len(transcript.text)
             lanes.append(lane)
         self._forks += count
         return lanes
 
+    def fresh(self, scope: Scope) -> Lane:
+        """A lane without a history, counted among this one's forks."""
+        self._check()
+        lane = Lane(scope, Transcript(self.ground.engine, self.ground.namespace), f"{self.path}/{self._forks}")
+        self._forks += 1
+        return lane
+
+    @_on_loop
+    def become(self, other: Lane) -> None:
+        """Go on from where one of its forks has come to, which ends."""
+        other.sync()
+        self.sync()
+        self.transcript.close()
+        self.transcript, other.transcript = other.transcript, self.transcript
+        self.variables, self.meta, self.messages = other.variables, other.meta, other.messages
+        self._role, self._role_start = other._role, other._role_start
+        self._starts.update(other._starts)
+        other.close()
+
+    @_on_loop
     def close(self) -> None:
         """End it: what is under way is cancelled, its KV given back. Safe to call twice."""
+        if self.closed:
+            return
         self.closed = True
         self._queue.clear()
         if self._task is not None:
             self._task.cancel()
         self.transcript.close()
+        self.scope.gave_up(self)
+
+    def compute_ahead(self) -> None:
+        """The program is about to wait: what it has said so far can be computed."""
+        if self._task is None and not self.closed and self.transcript.unsent > _WORTH:
+            self._queue.append(_Compute())
+            self._start()
 
     def _check(self) -> None:
         if self.error is not None:
             raise self.error
         self.scope.check()
 
-    def _wait(self, awaitable: Coroutine[Any, Any, Any]) -> None:
+    @_on_loop
+    def wait(self, awaitable: Coroutine[Any, Any, T]) -> T:
+        """Until it is done; others go on."""
         if not may_wait():
             awaitable.close()
             raise RuntimeError("the run has not ended, and only its program may wait for it")
-        wait(awaitable)
+        for lane in self.scope.lanes:
+            lane.compute_ahead()
+        return wait(awaitable)
+
+    @_on_loop
+    def leased(self, seconds: float, awaitable: Coroutine[Any, Any, T]) -> T:
+        """`wait`, for something that takes so long at most; the engine lets go of other states' KV first."""
+        self._check()
+        self.sync()
+        self.transcript.lease(seconds)
+        try:
+            return self.wait(awaitable)
+        finally:
+            self.transcript.lease(0)
 
     # -- the line ---------------------------------------------------------------------------------------
 
@@ -131,6 +212,7 @@ class Lane:
                 if isinstance(leaf, _AT_ONCE):
                     self._at_once(leaf)
                 else:
+                    self.scope.check()
                     await self._execute(leaf)
         except asyncio.CancelledError as error:
             self._fail(error)
@@ -142,11 +224,9 @@ class Lane:
 
     def _fail(self, error: BaseException) -> None:
         name = next((name for name, future in self._awaited.items() if not future.done()), None)
-        if isinstance(error, ProgramError):
-            self.error = error
-        else:
-            self.error = ProgramError(self.scope.program, self.path, name, error)
-            self.error.__cause__ = error
+        self.error = (
+            error if isinstance(error, ProgramError) else ProgramError(self.ground.program, self.path, name, error)
+        )
         self._queue.clear()
         for future in self._awaited.values():
             if not future.done():
@@ -178,9 +258,13 @@ class Lane:
                 for state in leaf.states:
                     other = state.lane
                     await other.ended()
-                    self.add(other.transcript.text[other.forked_at :])
+                    await self.transcript.add_own(other.transcript)
             case ir.SglSeparateReasoning():
                 self._separate(leaf.model_type, leaf.expr)
+            case Plain():
+                await self.transcript.add_plain(leaf.value)
+            case _Compute():
+                await self.transcript.compute(self.scope.left())
             case ir.SglImage() | ir.SglVideo():
                 raise UnsupportedError("image", leaf.path, "DeepSeek-V4 reads text only")
             case _:
@@ -223,14 +307,20 @@ class Lane:
         if future is not None and not future.done():
             future.set_result(None)
 
+    def grew(self, tokens: int) -> None:
+        """Its history has so many tokens more."""
+        self.tokens += tokens
+        self.ground.tally.grow(0, tokens)
+
     def piece(self, name: str | None, text: str, meta: dict[str, Any] | None) -> None:
         """More of a variable."""
-        self.scope.emit(Piece(self.path, name, text, meta))
+        if self.ground.emit is not None:
+            self.ground.emit(Piece(self.path, name, text, meta))
 
     def _begin_role(self, role: str) -> None:
         if self._role is not None:
-            raise RequestError("role", role, f"{self._role} has not ended; roles cannot be nested")
-        prefix, _ = self.scope.template.get_prefix_and_suffix(role, self.messages)
+            raise RequestError("role", role, f"{self._role} has not ended. Nested roles are not allowed")
+        prefix, _ = self.ground.template.get_prefix_and_suffix(role, self.messages)
         self._role = role
         self.add(prefix)
         self._role_start = len(self.transcript.text)
@@ -238,15 +328,17 @@ class Lane:
     def _end_role(self, role: str) -> None:
         said = self.transcript.text[self._role_start :].lstrip()
         self._role = None
-        _, suffix = self.scope.template.get_prefix_and_suffix(role, self.messages)
+        _, suffix = self.ground.template.get_prefix_and_suffix(role, self.messages)
         self.add(suffix)
         self.messages.append({"role": role, "content": said})
 
     def _separate(self, model_type: str, expression: Any) -> None:
         """Split the reasoning off variables, with sglang's own parser; the text keeps the answers only."""
-        for own in reversed(_generated(expression)):
+        from sglang.srt.parser.reasoning_parser import ReasoningParser  # heavy, and seldom asked for
+
+        for own in reversed(generated(expression)):
             whole, start = self.variables[own.name], self._starts[own.name]
-            reasoning, answer = reasoning_parser(model_type).parse_non_stream(whole)
+            reasoning, answer = ReasoningParser(model_type).parse_non_stream(whole)
             behind = answer + self.transcript.text[start + len(whole) :]
             self.transcript.replace_end(start, behind)
             self._unseparated.discard(own.name)
@@ -254,34 +346,5 @@ class Lane:
             self.set(own.name, answer, self.meta[own.name])
 
 
-def _leaves(expression: Any) -> Any:
-    """The expressions of a list of lists of expressions, in order."""
-    if isinstance(expression, str):
-        expression = ir.SglConstantText(expression)
-    if isinstance(expression, ir.SglExprList):
-        for own in expression.expr_list:
-            yield from _leaves(own)
-    elif isinstance(expression, ir.SglExpr):
-        if not isinstance(expression, ir.SglCommitLazy):
-            yield expression
-    else:
-        raise RequestError("expression", expression, "must be text or an expression of sglang")
-
-
-def _generated(expression: Any) -> list[Any]:
-    return [own for own in _leaves(expression) if isinstance(own, ir.SglGen | ir.SglSelect)]
-
-
-def reasoning_parser(model_type: str) -> Any:
-    from sglang.srt.parser.reasoning_parser import ReasoningParser  # heavy, and seldom asked for
-
-    return ReasoningParser(model_type)
-
-
-def _names(leaf: ir.SglExpr) -> list[str]:
-    """Variables that an expression will set."""
-    if isinstance(leaf, ir.SglSeparateReasoning):
-        return [f"{own.name}_reasoning_content" for own in _generated(leaf.expr)]
-    if isinstance(leaf, ir.SglGen | ir.SglSelect | ir.SglVarScopeBegin):
-        return [leaf.name] if leaf.name is not None else []
-    return []
+class _Compute(ir.SglExpr):
+    """Compute the text so far."""

@@ -1,14 +1,22 @@
-"""What a program sees as `s`: sglang's ProgramState, over a lane in place of a thread."""
+"""What a program sees as `s`: sglang's ProgramState, over a lane in place of a thread, and more."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextvars
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from sglang.lang import ir
 
-from weft.runtime.errors import RequestError, UnsupportedError
+from weft.backend.executor.attempts import THREE, Attempts, attempt
+from weft.backend.executor.base import UNLIMITED, Limits
+from weft.backend.executor.branches import Body, Branch, run_branches
+from weft.backend.executor.group import Group
+from weft.backend.executor.tools import Tool
+from weft.backend.executor.tools import tool as make_tool
+from weft.backend.executor.turns import Toolbox, Turn, take_turn
+from weft.runtime.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from weft.backend.executor.lane import Lane
@@ -66,6 +74,9 @@ class State:
         """Of a run that has ended; while it runs, errors are raised."""
         return self.lane.error
 
+    def __repr__(self) -> str:
+        return f"State({self.lane.transcript.text!r})"
+
     # -- roles and scopes -------------------------------------------------------------------------------
 
     def system(self, expr: Any = None) -> Any:
@@ -112,64 +123,58 @@ class State:
         finally:
             group.join()
 
-    def __repr__(self) -> str:
-        return f"State({self.lane.transcript.text!r})"
+    def become(self, other: State) -> None:
+        """Go on from where a fork of this state, or a branch that was kept, has come to; it ends."""
+        self.lane.become(other.lane)
 
+    # -- parts that run side by side --------------------------------------------------------------------
 
-class Group(Sequence[State]):
-    """The states of one fork."""
+    def race(self, *bodies: Body, fresh: bool = False, keep: bool = False, within: Limits = UNLIMITED) -> Branch:
+        """The first of them to succeed; the others are cancelled. See `gather`."""
+        return run_branches(self, bodies, 1, fresh=fresh, keep=keep, within=within)[0]
 
-    def __init__(self, states: list[State], source: State) -> None:
-        self.states, self._source = states, source
+    def first(
+        self, count: int, *bodies: Body, fresh: bool = False, keep: bool = False, within: Limits = UNLIMITED
+    ) -> list[Branch]:
+        """The first so many to succeed, as they ended; the others are cancelled. See `gather`."""
+        return run_branches(self, bodies, count, fresh=fresh, keep=keep, within=within)
 
-    def __len__(self) -> int:
-        return len(self.states)
+    def gather(
+        self, *bodies: Body, fresh: bool = False, keep: bool = False, within: Limits = UNLIMITED
+    ) -> list[Branch]:
+        """All of them, each called with a fork of this state, at the same time, as `def`, `async def` or program.
 
-    def __getitem__(self, index: Any) -> Any:
-        return self.states[index]
+        fresh: with an empty state instead. keep: they can be gone on from (`become`), until the run ends or they
+        are closed. within: limits of all of them together.
+        Raises `ProgramError` if too few succeed, where the failure happened, with all branches as `partial`."""
+        branches = run_branches(self, bodies, len(bodies), fresh=fresh, keep=keep, within=within)
+        return sorted(branches, key=lambda branch: branch.place)
 
-    def __setitem__(self, index: int, value: State) -> None:
-        """What `group[i] += expression` does last."""
-        assert self.states[index] is value
+    # -- tools and retries ------------------------------------------------------------------------------
 
-    def __iadd__(self, other: Any) -> Group:
-        if not isinstance(other, ir.SglExpr | list | tuple) and not callable(other):
-            raise RequestError("expression", other, "must be an expression, a list of them or a function of i")
-        for i, state in enumerate(self.states):
-            own: Any = other
-            if isinstance(other, list | tuple):
-                own = other[i]
-            elif isinstance(other, Callable):  # type: ignore[arg-type]
-                own = other(i)
-            state += own
+    def call(self, tool: Tool | Callable[..., Any], /, **arguments: Any) -> Any:
+        """A tool's result. Others go on meanwhile, and this state's KV is leased. Raises `ToolError`."""
+        own = tool if isinstance(tool, Tool) else make_tool(tool)
+        run = own.run(arguments, self.lane.ground.outside, contextvars.copy_context())
+        return self.lane.leased(own.patience, run)
+
+    def turn(
+        self,
+        name: str,
+        tools: Toolbox,
+        *,
+        choice: str | Mapping[str, Any] = "auto",
+        parallel: bool = True,
+        **sampling: Any,
+    ) -> Turn:
+        """An assistant turn that may call tools, as variable `name`; its calls are run, and their results appended
+        as a user turn. The state has to have told the model of them (`tools.text`).
+
+        choice: auto, none, required, or a tool's name as in Chat Completions. sampling: as for `sgl.gen`."""
+        return take_turn(self, name, tools, choice, parallel, sampling)
+
+    def attempt(self, expression: Any, check: Callable[[State], Any], attempts: Attempts = THREE) -> State:
+        """Append what passes a check, which is given a fork with the expression appended, and raises an exception
+        if that will not do. Then it is drawn anew, or told what was wrong; in the end `ProgramError` is raised."""
+        attempt(self, expression, check, attempts)
         return self
-
-    def join(self, mode: str = "gather_variable") -> None:
-        """End the fork: its new variables become lists in the source, or its texts join the source's. The first
-        failure among its states is raised, once the others have ended."""
-        if mode not in ("gather_variable", "concate_and_append"):
-            raise RequestError("mode", mode, "must be gather_variable or concate_and_append")
-        lanes, source = [state.lane for state in self.states], self._source.lane
-        errors = []
-        for lane in lanes:
-            try:
-                lane.sync()
-            except Exception as error:
-                errors.append(error)
-        if mode == "gather_variable":
-            gather(source.variables, [lane.variables for lane in lanes])
-        elif not errors:
-            source.submit(ir.SglConcateAndAppend(self.states))
-            source.sync()
-        for lane in lanes:
-            lane.close()
-        if errors:
-            raise errors[0]
-
-
-def gather(into: dict[str, Any], parts: Sequence[dict[str, Any]]) -> None:
-    """Variables that the parts have beside those of `into`, each as the list of its values."""
-    before = set(into)
-    for part in parts:
-        for name in part.keys() - before:
-            into.setdefault(name, []).append(part[name])

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
 
 import msgspec
 
@@ -22,6 +23,7 @@ from weft.runtime.errors import Cancelled, EngineDead, RequestError
 from weft.runtime.text.tokens import BOS
 from weft.runtime.text.turns import turn_cuts
 
+_UNSURE = 8  # tokens
 _ATTEMPTS = 3  # at a generation on cores that die
 
 
@@ -40,9 +42,14 @@ class Transcript:
         self._tail: list[int] = []
         self._excess = False  # the sequence has drawn tokens behind those
         self._closed = False
+        self._counted = 0
+        self._said = 0  # characters of `_open` that the sequence has tokens of
+        # Since it began: text, with its tokens where they were drawn or are not to be read otherwise.
+        self._own: list[tuple[str, list[int] | None]] = []
         self._turn = asyncio.Lock()
         self._source: tuple[asyncio.Task[_Forked], int] | None = None
         self._forks = 0  # under way: what is added belongs behind them
+        self._forking: asyncio.Task[_Forked] | None = None  # the last one
         self._later: list[str] = []
 
     @property
@@ -53,10 +60,17 @@ class Transcript:
 
     def add(self, text: str) -> None:
         self._pieces.append(text)
+        self._own.append((text, None))
         if self._forks:
             self._later.append(text)
         else:
             self._open += text
+
+    def grown(self) -> int:
+        """Tokens that it has more than when this was asked last, or than it began with."""
+        length = len(self._fixed) + len(self._tail)
+        more, self._counted = length - self._counted, length
+        return more
 
     def replace_end(self, start: int, text: str) -> None:
         """Another text from character `start` on. Tokens that spell what is before it stay."""
@@ -71,14 +85,56 @@ class Transcript:
         if self._sent > low:
             self._sent, self._tail = low, self._fixed[low : self._sent] + self._tail
         self._open = before[len(decode(self._fixed[skip:low])) :] + text
-        self._pieces, self._fixed = [before, text], self._fixed[:low]
+        self._pieces, self._fixed, self._said = [before, text], self._fixed[:low], 0
+        self._own = [("".join(own for own, _ in self._own)[: start - len(self.text)] + text, None)]
+
+    @property
+    def unsent(self) -> int:
+        """Characters that the engine was not given yet."""
+        return len(self._open) - self._said
+
+    async def add_plain(self, text: str) -> None:
+        """Text in which nothing is a special token. It is encoded by itself, as `text.chat.render` does between
+        special tokens."""
+        await self._add_tokens(text, self.engine.tokenizer.encode_plain(text))
+
+    async def add_own(self, other: Transcript) -> None:
+        """What another one says behind the fork that it began with: what was drawn keeps its tokens, what was
+        read is encoded as one with what stands here."""
+        for text, tokens in other._own:
+            if tokens is None:
+                self.add(text)
+            else:
+                await self._add_tokens(text, tokens)
+
+    async def _add_tokens(self, text: str, tokens: list[int]) -> None:
+        async with self._turn:
+            await self._taken()
+            assert not self._forks, "a fork holds the turn"
+            before, _ = encoded(self.engine.tokenizer, self._open, self._fixed, Border(0, len(self._fixed)))
+            self._fixed, self._open, self._said = before + tokens, "", 0
+            self._pieces.append(text)
+            self._own.append((text, tokens))
+
+    async def compute(self, deadline: float | None) -> None:
+        """Have the engine run what it will need whatever comes: all but the last tokens, which may become others
+        when more text follows."""
+        async with self._turn:
+            held = await self._ready(_UNSURE)
+        await held.compute(deadline)
+
+    def lease(self, seconds: float) -> None:
+        """While its program waits for something else, its KV is let go of later than that of others; 0 ends it."""
+        if self._held is not None:
+            self._held.pin(seconds)
 
     async def ready(self) -> Held:
         """The sequence, with all of the text."""
         async with self._turn:
             return await self._ready()
 
-    async def _ready(self) -> Held:
+    async def _taken(self) -> None:
+        """What it forked from has its tokens for it."""
         if self._source is not None:
             task, number = self._source
             with contextlib.suppress(EngineDead):  # then it is opened anew
@@ -87,8 +143,14 @@ class Transcript:
             self._source = None
         if self._closed:
             raise Cancelled("the state has ended")
+
+    async def _ready(self, unsure: int = 0) -> Held:
+        """unsure: open tokens at the end that are left out."""
+        await self._taken()
         tokens, border = encoded(self.engine.tokenizer, self._open, self._fixed, Border(0, len(self._fixed)))
         self._fixed, self._open = tokens[: border.tokens], self._open[border.chars :]
+        self._said = 0 if unsure else len(self._open)
+        tokens = tokens[: max(len(self._fixed), len(tokens) - unsure)]
         base = self._sent
         if self._held is not None:
             await self._correct(tokens, base + shared(self._tail, tokens[base:]))
@@ -118,8 +180,11 @@ class Transcript:
         await self.ready()
         return [*self._fixed, *self._tail]
 
-    async def generate(self, params: SamplingParams, deadline: float | None) -> AsyncIterator[m.Delta | m.Done]:
-        """Draw tokens; they and their text join the transcript. If a core dies, the next one draws the same."""
+    async def generate(
+        self, params: SamplingParams, deadline: float | None, more: Callable[[m.Delta], None]
+    ) -> m.Done:
+        """Draw tokens; they and their text join the transcript. more: told of each piece; what it raises ends the
+        generation. If a core dies, the next one draws the same."""
         params = msgspec.structs.replace(params, seed=random.getrandbits(63))
         drawn: list[int] = []
         text: list[str] = []
@@ -128,27 +193,29 @@ class Transcript:
             held = await self.ready()
             self.prompt_tokens = len(self._fixed) + len(self._tail)
             try:
-                async for event in held.generate(params, deadline):
-                    if isinstance(event, m.Done):
-                        self._take(drawn[: event.kept], "".join(text), excess=event.kept < len(drawn))
-                    elif seen:
-                        seen -= 1
-                        continue
-                    else:
+                async with aclosing(held.generate(params, deadline)) as events:
+                    async for event in events:
+                        if isinstance(event, m.Done):
+                            self._take(drawn[: event.kept], "".join(text), excess=event.kept < len(drawn))
+                            return event
+                        if seen:
+                            seen -= 1
+                            continue
                         drawn += event.tokens
                         text.append(event.text)
-                    yield event
-                return
+                        more(event)
             except EngineDead:
                 self._held = None
                 if attempt == _ATTEMPTS - 1:
                     raise
+        raise AssertionError("a generation ends with Done or an exception")
 
     def _take(self, kept: list[int], text: str, *, excess: bool) -> None:
         """These tokens were drawn, and the sequence has them; the text may go on behind them."""
         said = self.engine.tokenizer.decode(kept)
         self._fixed = [*self._fixed, *self._tail, *kept]
-        self._open = text[len(said) :]
+        self._open, self._said = text[len(said) :], 0
+        self._own += [(said, kept), (self._open, None)]
         self._sent, self._tail, self._excess = len(self._fixed), [], excess
         self._pieces.append(text)
 
@@ -174,11 +241,12 @@ class Transcript:
         task = None
         if self._pieces:
             self._forks += 1
-            task = asyncio.get_running_loop().create_task(self._forked(count))
+            self._forking = task = asyncio.get_running_loop().create_task(self._forked(count))
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
         for number in range(count):
             child = Transcript(self.engine, self._namespace)
             child._pieces, child._fixed, child._open = [self.text], list(self._fixed), self._open
+            child._counted = len(self._fixed)
             child._source = (task, number) if task is not None else None
             children.append(child)
         return children

@@ -6,7 +6,7 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
@@ -69,7 +69,7 @@ class Sequence:
 
     async def generate(
         self, params: SamplingParams, deadline: float | None = None
-    ) -> AsyncIterator[m.Delta | m.Done]:
+    ) -> AsyncGenerator[m.Delta | m.Done]:
         """Deltas as tokens are drawn, then Done. The drawn tokens join the history."""
         params = params.validate()
         if params.seed is None:

@@ -72,7 +72,7 @@ class Drafting:
         """Of one draft for every call, as a share of a step without."""
         size = calls.bit_length()
         known = statistics.median(self._cost.get(size, [_GUESS]))
-        return _GUESS + (known - _GUESS) * 0.5 ** (self._since[size] / _FADES)
+        return _GUESS + (known - _GUESS) * math.pow(0.5, self._since[size] / _FADES)
 
     def explores(self, calls: int) -> bool:
         """Whether the step that comes is to be one without drafts."""

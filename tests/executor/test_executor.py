@@ -14,7 +14,7 @@ import sglang as sgl
 
 from support.engine import finish, is_empty, until
 from support.programs import babbling_model, open_engine, reciting_model
-from weft.backend.executor.base import Piece, ProgramError
+from weft.backend.executor.base import Limits, Piece, ProgramError
 from weft.backend.executor.executor import ProgramExecutor, Run
 from weft.runtime.engine.front import Engine
 from weft.runtime.errors import DeadlineExceeded, RequestError
@@ -203,7 +203,7 @@ def test_a_deadline_and_a_cancellation_end_all_states() -> None:
     async def work() -> None:
         async with executing() as executor:
             with pytest.raises(DeadlineExceeded):
-                await executor.run(endless, deadline=0.05)
+                await executor.run(endless, within=Limits(seconds=0.05))
             await until(lambda: is_empty(executor.engine))
             task = asyncio.create_task(executor.run(endless))
             await asyncio.sleep(0.05)

@@ -1,0 +1,55 @@
+"""The expressions that a state works off, one by one: sglang's, and the executor's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from sglang.lang import ir
+
+from weft.runtime.decoding.params import Grammar
+from weft.runtime.errors import RequestError
+
+
+class Plain(ir.SglExpr):
+    """Text in which nothing is a special token, whatever it spells: what tools and users say."""
+
+    def __init__(self, value: str) -> None:
+        super().__init__()
+        self.value = value
+
+
+class Held(ir.SglGen):
+    """A generation that is held to a grammar sglang has no argument for."""
+
+    def __init__(self, name: str, grammar: Grammar | None, **sampling: Any) -> None:
+        super().__init__(name, **sampling)
+        self.grammar = grammar
+
+
+def leaves(expression: Any) -> Iterator[ir.SglExpr]:
+    """The expressions of a list of lists of expressions, in order."""
+    if isinstance(expression, str):
+        expression = ir.SglConstantText(expression)
+    if isinstance(expression, ir.SglExprList):
+        for own in expression.expr_list:
+            yield from leaves(own)
+    elif isinstance(expression, ir.SglExpr):
+        if not isinstance(expression, ir.SglCommitLazy):
+            yield expression
+    else:
+        raise RequestError("expression", expression, "must be text or an expression of sglang")
+
+
+def generated(expression: Any) -> list[Any]:
+    """Of an expression, what makes variables."""
+    return [own for own in leaves(expression) if isinstance(own, ir.SglGen | ir.SglSelect)]
+
+
+def names(leaf: ir.SglExpr) -> list[str]:
+    """Variables that an expression will set."""
+    if isinstance(leaf, ir.SglSeparateReasoning):
+        return [f"{own.name}_reasoning_content" for own in generated(leaf.expr)]
+    if isinstance(leaf, ir.SglGen | ir.SglSelect | ir.SglVarScopeBegin):
+        return [leaf.name] if leaf.name is not None else []
+    return []
