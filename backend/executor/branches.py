@@ -47,8 +47,8 @@ class Branch:
 def run_branches(
     source: State, bodies: Sequence[Body], wanted: int, *, fresh: bool, keep: bool, within: Limits
 ) -> list[Branch]:
-    """Run all, until so many have succeeded or too many have failed; those that succeeded first, as they ended.
-    If too few have, their order is that of the bodies."""
+    """Run them until so many have succeeded, or too many have failed (where all are wanted, all come to an end);
+    those that succeeded first, as they ended."""
     lane = source.lane
     if not 1 <= wanted <= len(bodies):
         raise RequestError("count", wanted, f"not in 1..{len(bodies)}, the number of bodies")
@@ -80,7 +80,7 @@ async def _race(whole: Scope, branches: list[Branch], bodies: Sequence[Body], wa
     reason: Exception = Cancelled("others were sooner")
     try:
         async with asyncio.timeout_at(whole.ends_on_loop()):
-            while pending and good < wanted and good + len(pending) >= wanted:
+            while pending and good < wanted and (wanted == len(tasks) or good + len(pending) >= wanted):
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 for branch in (branch for task, branch in tasks.items() if task in done):
                     ended.append(branch)

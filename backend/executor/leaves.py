@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import sglang as sgl
 from sglang.lang import ir
 
 from weft.runtime.decoding.params import Grammar
@@ -20,10 +21,10 @@ class Plain(ir.SglExpr):
 
 
 class Held(ir.SglGen):
-    """A generation that is held to a grammar sglang has no argument for."""
+    """A generation that is held to a grammar sglang has no argument for. sampling: as for `sgl.gen`."""
 
     def __init__(self, name: str, grammar: Grammar | None, **sampling: Any) -> None:
-        super().__init__(name, **sampling)
+        self.__dict__.update(vars(sgl.gen(name, **sampling)))
         self.grammar = grammar
 
 

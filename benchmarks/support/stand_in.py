@@ -13,7 +13,7 @@ from weft.runtime.engine.front import EMBEDDED, Engine
 
 
 class StandIn(Engine):
-    """The real front, the embedded model's tokenizer and config, no model. `latency` may be changed while it runs."""
+    """The real front, the embedded model's tokenizer and config, no model. `latency` may be changed meanwhile."""
 
     def __init__(self, latency: float, tokens: int, deltas: int = 1) -> None:
         """latency: seconds that a generation takes. tokens: that it draws, in so many deltas."""
@@ -76,13 +76,9 @@ class Core:
         length = self.lengths.get(sequence, 0) + engine.drawn
         self.lengths[sequence] = length
         usage = m.Usage(history=length, generated=engine.drawn, total=engine.latency)
-        self._deliver(
-            m.Done(call=call, usage=usage, length=length, finish_reason="length", kept=engine.drawn)
-        )
+        self._deliver(m.Done(call=call, usage=usage, length=length, finish_reason="length", kept=engine.drawn))
 
-    def _in(
-        self, seconds: float, call: int, event: m.Event, then: Callable[[], None] | None = None
-    ) -> None:
+    def _in(self, seconds: float, call: int, event: m.Event, then: Callable[[], None] | None = None) -> None:
         def fire() -> None:
             self.calls.pop(call, None)
             self._deliver(event)

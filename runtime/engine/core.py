@@ -19,7 +19,7 @@ from weft.runtime.decoding.sampler import sample
 from weft.runtime.engine import messages as m
 from weft.runtime.engine.calls import Call, ForkCall, GenerateCall, ScoreCall
 from weft.runtime.engine.config import CoreLimits
-from weft.runtime.engine.schedule import Scheduler, Work, can_fork
+from weft.runtime.engine.schedule import Scheduler, Work
 from weft.runtime.engine.sequences import Memory, Sequence
 from weft.runtime.engine.speculate import Drafter
 from weft.runtime.errors import (
@@ -196,10 +196,8 @@ class Core:
         self._advance()
 
     def _can_advance(self, active: list[Call]) -> bool:
-        """Whether `_advance` would do something. Of forks, the oldest is the one that can be next."""
-        ready = [call for call in active if not call.left]
-        forks = [call for call in ready if isinstance(call, ForkCall)]
-        return len(ready) > len(forks) or (bool(forks) and can_fork(forks[0], self.pools.free_slots))
+        """Whether `_advance` would do something."""
+        return any(not call.left for call in active)
 
     def _expire(self) -> None:
         """End the calls whose deadline has passed, running or queued."""
@@ -266,22 +264,20 @@ class Core:
             scored = [call for call in ready if isinstance(call, ScoreCall)]
             for call in scored:
                 self._finish(call)
-            forked = False
-            for fork in sorted((c for c in ready if isinstance(c, ForkCall)), key=lambda c: c.id):
-                if not can_fork(fork, self.pools.free_slots):
-                    break  # no younger fork takes the slots it waits for
+            forks = [call for call in ready if isinstance(call, ForkCall)]
+            for fork in forks:
                 self._fork(fork)
-                forked = True
             if drawing:
                 self._draw(drawing)
-            if not (scored or forked or drawing):
+            if not (scored or forks or drawing):
                 return
 
     def _fork(self, call: ForkCall) -> None:
         source, before = call.sequence, self.pools.copied
         for number in call.children:
             child = Sequence(list(source.tokens), source.namespace)
-            child.state = source.state.fork() if source.state is not None else None
+            if source.state is not None and self.pools.free_slots:
+                child.state = source.state.fork()  # the others begin from what is kept of the source
             self.sequences[number] = child
         call.copied += self.pools.copied - before
         self._finish(call)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from weft.runtime.cache.radix import as_tokens, common_prefix
 from weft.runtime.engine.admission import Admission, Usual
-from weft.runtime.engine.calls import Call, ForkCall, GenerateCall
+from weft.runtime.engine.calls import Call, GenerateCall
 from weft.runtime.engine.pace import Drafting
 from weft.runtime.engine.sequences import Memory, Sequence
 
@@ -195,7 +195,3 @@ class Scheduler:
         self._memory.let_go(chosen, checkpoint=True)
         self.preempted += bool(chosen.calls)
         return active[: active.index(chosen.calls[0])] if chosen.calls else active
-
-
-def can_fork(call: ForkCall, free_slots: int) -> bool:
-    return call.sequence.state is None or free_slots >= len(call.children)

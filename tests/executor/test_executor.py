@@ -5,34 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 import sglang as sgl
 
-from support.engine import finish, is_empty, until
-from support.programs import babbling_model, open_engine, reciting_model
+from support.engine import is_empty, until
+from support.executor import GEN, check, executing
 from weft.backend.executor.base import Limits, Piece, ProgramError
 from weft.backend.executor.executor import ProgramExecutor, Run
 from weft.runtime.engine.front import Engine
 from weft.runtime.errors import DeadlineExceeded, RequestError
 from weft.runtime.text.tokens import EOS
-
-GEN: dict[str, Any] = {"max_tokens": 8, "temperature": 0}
-
-
-@asynccontextmanager
-async def executing(*lines: str, **options: Any) -> AsyncIterator[ProgramExecutor]:
-    """An executor over an engine of its own, which is empty in the end."""
-    with open_engine(reciting_model(*lines) if lines else babbling_model()) as engine:
-        yield ProgramExecutor(engine, **options)
-        await until(lambda: is_empty(engine))
-
-
-def check(work: Coroutine[Any, Any, None]) -> None:
-    finish(work)
 
 
 @sgl.function
