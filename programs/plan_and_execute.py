@@ -25,12 +25,14 @@ def plan_and_execute(
 
     goal: with {} where the subject stands. step: what a sub-agent asks at each step of the plan, of what the step
     before found. finish: what is asked at the end, of the results with `between` between them.
-    Sets `plan`, `results` and `answer`. One generation for the plan, two for each subject and step, two at the end.
+    Sets `plan`, `results` and `answer`. One generation for the plan, two for each subject and step, two more.
     Needs the executor with `thinking=True`, where the plan is what the model thinks first: `s.gather`, `s.turn`.
     """
     told = sgl.system(tools.text)
     with s.copy() as planner:
-        planner += told + sgl.user(goal.format(subjects[0])) + sgl.assistant(sgl.gen("plan", stop=".", temperature=0))
+        planner += (
+            told + sgl.user(goal.format(subjects[0])) + sgl.assistant(sgl.gen("plan", stop=".", temperature=0))
+        )
         plan = [part.strip() for part in planner["plan"].partition(":")[2].split(",")]
     agents = [partial(_follow, told, plan, step, tools, subject) for subject in subjects]
     results = [branch.value for branch in s.gather(*agents, fresh=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import sglang as sgl
@@ -27,7 +28,7 @@ def react(s: Any, question: str, tools: Toolbox, system: str = "", most: int = 8
             answer = turn.content.strip()
             break
         for result in turn.results:
-            act = [result.call.name, result.call.arguments]
+            act = [result.call.name, json.loads(result.call.arguments)]
             steps.append({"thought": turn.reply.reasoning, "act": act, "observation": result.text})
     s.set_var("steps", steps)
     s.set_var("answer", answer)

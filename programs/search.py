@@ -34,7 +34,6 @@ def _read(document: str, attribute: str, name: str, s: Any) -> str:
         answer: str = reader["answer"].strip()
     s += sgl.user(f"Is it right that the {attribute} of {name} is {answer}? Answer yes or no.")
     s += sgl.assistant(sgl.select("verdict", ["yes", "no"]))
-    print(document, answer, s.get_meta_info("verdict")["normalized_prompt_logprobs"])
     if s["verdict"] == "no":
         raise LookupError(f"the {attribute} of {name} is not in the document")
     return answer

@@ -38,9 +38,7 @@ def tree_of_thought(s: Any, facts: str, name: str, steps: Sequence[str], width: 
         for names, judge in judges.items():
             judge += sgl.user(f"Is it right that the {step} of {names[-2]} is {names[-1]}? Answer yes or no.")
             judge += sgl.assistant(sgl.select("verdict", ["yes", "no"]))
-        paths = [
-            Path(state, names, path.score + _margin(judges[names])) for names, (path, state) in grown.items()
-        ]
+        paths = [Path(state, names, path.score + _margin(judges[names])) for names, (path, state) in grown.items()]
         best = sorted(paths, key=lambda path: path.score, reverse=True)[:keep]
         tried += len(paths)
     s.set_var("path", list(best[0].names))

@@ -83,7 +83,6 @@ async def _complete(
     done = await transcript.generate(request.params, scope.left(), more)
     scope.add(done.usage)
     report.prompt_tokens = transcript.prompt_tokens
-    lane.grew(transcript.grown())
     meta = report.meta(done)
     if main:
         lane.piece(leaf.name, "", meta)

@@ -55,6 +55,7 @@ class Lane:
         self.closed = False
         self.forked_at = 0  # characters
         self.tokens = 0  # of its own, behind those of the fork it began with
+        transcript.grew = self.grew
         self._role: str | None = None
         self._role_start = 0
         self._forks = 0
@@ -143,8 +144,11 @@ class Lane:
         """Go on from where one of its forks has come to, which ends."""
         other.sync()
         self.sync()
+        self.wait(other.transcript.forked())
         self.transcript.close()
         self.transcript, other.transcript = other.transcript, self.transcript
+        self.transcript.grew = self.grew
+        self.grew(other.tokens)
         self.variables, self.meta, self.messages = other.variables, other.meta, other.messages
         self._role, self._role_start = other._role, other._role_start
         self._starts.update(other._starts)
@@ -184,13 +188,14 @@ class Lane:
         return wait(awaitable)
 
     @_on_loop
-    def leased(self, seconds: float, awaitable: Coroutine[Any, Any, T]) -> T:
-        """`wait`, for something that takes so long at most; the engine lets go of other states' KV first."""
+    def leased(self, seconds: float, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """`wait` for what `work` begins, something that takes so long at most; KV of others is let
+        go of first."""
         self._check()
         self.sync()
         self.transcript.lease(seconds)
         try:
-            return self.wait(awaitable)
+            return self.wait(work())
         finally:
             self.transcript.lease(0)
 

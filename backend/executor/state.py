@@ -155,8 +155,8 @@ class State:
     def call(self, tool: Tool | Callable[..., Any], /, **arguments: Any) -> Any:
         """A tool's result. Others go on meanwhile, and this state's KV is leased. Raises `ToolError`."""
         own = tool if isinstance(tool, Tool) else make_tool(tool)
-        run = own.run(arguments, self.lane.ground.outside, contextvars.copy_context())
-        return self.lane.leased(own.patience, run)
+        outside, context = self.lane.ground.outside, contextvars.copy_context()
+        return self.lane.leased(own.patience, lambda: own.run(arguments, outside, context))
 
     def turn(
         self,

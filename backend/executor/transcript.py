@@ -42,6 +42,7 @@ class Transcript:
         self._tail: list[int] = []
         self._excess = False  # the sequence has drawn tokens behind those
         self._closed = False
+        self.grew: Callable[[int], None] | None = None  # told how many tokens it has more than it began with
         self._counted = 0
         self._said = 0  # characters of `_open` that the sequence has tokens of
         # Since it began: text, with its tokens where they were drawn or are not to be read otherwise.
@@ -65,12 +66,6 @@ class Transcript:
             self._later.append(text)
         else:
             self._open += text
-
-    def grown(self) -> int:
-        """Tokens that it has more than when this was asked last, or than it began with."""
-        length = len(self._fixed) + len(self._tail)
-        more, self._counted = length - self._counted, length
-        return more
 
     def replace_end(self, start: int, text: str) -> None:
         """Another text from character `start` on. Tokens that spell what is before it stay."""
@@ -133,13 +128,18 @@ class Transcript:
         async with self._turn:
             return await self._ready()
 
+    async def forked(self) -> None:
+        """Until what it was forked from is not needed any more."""
+        async with self._turn:
+            await self._taken()
+
     async def _taken(self) -> None:
-        """What it forked from has its tokens for it."""
         if self._source is not None:
             task, number = self._source
             with contextlib.suppress(EngineDead):  # then it is opened anew
                 forked = await asyncio.shield(task)
                 self._held, self._sent, self._tail = forked.children[number], forked.sent, list(forked.tail)
+                self._counted = forked.sent + len(forked.tail)
             self._source = None
         if self._closed:
             raise Cancelled("the state has ended")
@@ -159,7 +159,14 @@ class Transcript:
                 tokens, cuts=turn_cuts(self.engine.tokenizer, tokens), namespace=self._namespace
             )
         self._sent, self._tail = len(self._fixed), tokens[len(self._fixed) :]
+        self._count()
         return self._held
+
+    def _count(self) -> None:
+        length = self._sent + len(self._tail)
+        if self.grew is not None and length != self._counted:
+            self.grew(length - self._counted)
+        self._counted = length
 
     async def _correct(self, tokens: list[int], length: int) -> None:
         """Make the sequence's tokens these; it has the first `length` of them."""
@@ -217,6 +224,7 @@ class Transcript:
         self._open, self._said = text[len(said) :], 0
         self._own += [(said, kept), (self._open, None)]
         self._sent, self._tail, self._excess = len(self._fixed), [], excess
+        self._count()
         self._pieces.append(text)
 
     async def score(
@@ -246,7 +254,6 @@ class Transcript:
         for number in range(count):
             child = Transcript(self.engine, self._namespace)
             child._pieces, child._fixed, child._open = [self.text], list(self._fixed), self._open
-            child._counted = len(self._fixed)
             child._source = (task, number) if task is not None else None
             children.append(child)
         return children

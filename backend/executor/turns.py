@@ -114,4 +114,4 @@ def run_calls(state: State, toolbox: Toolbox, calls: Sequence[ToolCall]) -> list
         return list(await asyncio.gather(*map(one, calls)))
 
     patience = max((toolbox.tools[c.name].patience for c in calls if c.name in toolbox.tools), default=0.0)
-    return lane.leased(patience, all_of_them())
+    return lane.leased(patience, all_of_them)
