@@ -53,7 +53,6 @@ class Lane:
         self.messages: list[dict[str, Any]] = []
         self.error: ProgramError | None = None
         self.closed = False
-        self.forked_at = 0  # characters
         self.tokens = 0  # of its own, behind those of the fork it began with
         transcript.grew = self.grew
         self._role: str | None = None
@@ -127,7 +126,6 @@ class Lane:
             lane.variables, lane.messages = dict(self.variables), list(self.messages)
             lane.meta = dict(self.meta)
             lane._role, lane._role_start = self._role, self._role_start
-            lane.forked_at = len(transcript.text)
             lanes.append(lane)
         self._forks += count
         return lanes
@@ -144,8 +142,7 @@ class Lane:
         """Go on from where one of its forks has come to, which ends."""
         other.sync()
         self.sync()
-        self.wait(other.transcript.forked())
-        self.transcript.close()
+        self.wait(other.transcript.succeed(self.transcript))
         self.transcript, other.transcript = other.transcript, self.transcript
         self.transcript.grew = self.grew
         self.grew(other.tokens)

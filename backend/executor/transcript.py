@@ -49,9 +49,7 @@ class Transcript:
         self._own: list[tuple[str, list[int] | None]] = []
         self._turn = asyncio.Lock()
         self._source: tuple[asyncio.Task[_Forked], int] | None = None
-        self._forks = 0  # under way: what is added belongs behind them
-        self._forking: asyncio.Task[_Forked] | None = None  # the last one
-        self._later: list[str] = []
+        self._passed = 0  # characters that were in `_open` once, before those that are
 
     @property
     def text(self) -> str:
@@ -62,10 +60,7 @@ class Transcript:
     def add(self, text: str) -> None:
         self._pieces.append(text)
         self._own.append((text, None))
-        if self._forks:
-            self._later.append(text)
-        else:
-            self._open += text
+        self._open += text
 
     def replace_end(self, start: int, text: str) -> None:
         """Another text from character `start` on. Tokens that spell what is before it stay."""
@@ -79,6 +74,7 @@ class Transcript:
             )
         if self._sent > low:
             self._sent, self._tail = low, self._fixed[low : self._sent] + self._tail
+        self._passed += len(self._open)
         self._open = before[len(decode(self._fixed[skip:low])) :] + text
         self._pieces, self._fixed, self._said = [before, text], self._fixed[:low], 0
         self._own = [("".join(own for own, _ in self._own)[: start - len(self.text)] + text, None)]
@@ -105,8 +101,8 @@ class Transcript:
     async def _add_tokens(self, text: str, tokens: list[int]) -> None:
         async with self._turn:
             await self._taken()
-            assert not self._forks, "a fork holds the turn"
             before, _ = encoded(self.engine.tokenizer, self._open, self._fixed, Border(0, len(self._fixed)))
+            self._passed += len(self._open)
             self._fixed, self._open, self._said = before + tokens, "", 0
             self._pieces.append(text)
             self._own.append((text, tokens))
@@ -128,10 +124,12 @@ class Transcript:
         async with self._turn:
             return await self._ready()
 
-    async def forked(self) -> None:
-        """Until what it was forked from is not needed any more."""
+    async def succeed(self, other: Transcript) -> None:
+        """Take the place of the one that it was forked from, which ends."""
         async with self._turn:
             await self._taken()
+        self._own = other._own + self._own
+        other.close()
 
     async def _taken(self) -> None:
         if self._source is not None:
@@ -144,12 +142,14 @@ class Transcript:
         if self._closed:
             raise Cancelled("the state has ended")
 
-    async def _ready(self, unsure: int = 0) -> Held:
-        """unsure: open tokens at the end that are left out."""
+    async def _ready(self, unsure: int = 0, until: int | None = None) -> Held:
+        """unsure: open tokens at the end that are left out. until: so many characters, `_passed` ones included."""
         await self._taken()
-        tokens, border = encoded(self.engine.tokenizer, self._open, self._fixed, Border(0, len(self._fixed)))
+        text = self._open if until is None else self._open[: until - self._passed]
+        tokens, border = encoded(self.engine.tokenizer, text, self._fixed, Border(0, len(self._fixed)))
         self._fixed, self._open = tokens[: border.tokens], self._open[border.chars :]
-        self._said = 0 if unsure else len(self._open)
+        self._passed += border.chars
+        self._said = 0 if unsure else len(text) - border.chars
         tokens = tokens[: max(len(self._fixed), len(tokens) - unsure)]
         base = self._sent
         if self._held is not None:
@@ -221,6 +221,7 @@ class Transcript:
         """These tokens were drawn, and the sequence has them; the text may go on behind them."""
         said = self.engine.tokenizer.decode(kept)
         self._fixed = [*self._fixed, *self._tail, *kept]
+        self._passed += len(self._open)
         self._open, self._said = text[len(said) :], 0
         self._own += [(said, kept), (self._open, None)]
         self._sent, self._tail, self._excess = len(self._fixed), [], excess
@@ -248,8 +249,8 @@ class Transcript:
         children = []
         task = None
         if self._pieces:
-            self._forks += 1
-            self._forking = task = asyncio.get_running_loop().create_task(self._forked(count))
+            until = self._passed + len(self._open)
+            task = asyncio.get_running_loop().create_task(self._forked(count, until))
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
         for number in range(count):
             child = Transcript(self.engine, self._namespace)
@@ -258,14 +259,10 @@ class Transcript:
             children.append(child)
         return children
 
-    async def _forked(self, count: int) -> _Forked:
-        try:
-            held = await self.ready()
+    async def _forked(self, count: int, until: int) -> _Forked:
+        async with self._turn:  # in the order of the forks; what is asked of this one later comes behind them
+            held = await self._ready(until=until)
             sent, tail = self._sent, list(self._tail)
-        finally:
-            self._forks -= 1
-            if not self._forks:
-                self._open, self._later = self._open + "".join(self._later), []
         return _Forked(await held.fork(count), sent, tail)
 
     def close(self) -> None:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
+import itertools
+import time
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from weft.runtime.cache.capacity import PoolSizes
 from weft.runtime.engine import messages as m
 from weft.runtime.engine.config import EngineConfig
 from weft.runtime.engine.front import EMBEDDED, Engine
+
+_EARLY = 0.0015  # seconds
 
 
 class StandIn(Engine):
@@ -30,7 +36,8 @@ class Core:
     def __init__(self, engine: StandIn, deliver: Callable[[m.Event], None]) -> None:
         self._engine, self._deliver = engine, deliver
         self.lengths: dict[int, int] = {}
-        self.calls: dict[int, asyncio.TimerHandle] = {}
+        self.calls: set[int] = set()
+        self._clocks: WeakKeyDictionary[asyncio.AbstractEventLoop, Clock] = WeakKeyDictionary()
 
     def close(self) -> None:
         self.lengths.clear()
@@ -44,9 +51,7 @@ class Core:
             case m.Close(sequence):
                 self.lengths.pop(sequence, None)
             case m.Cancel(call):
-                timer = self.calls.pop(call, None)
-                if timer is not None:
-                    timer.cancel()
+                self.calls.discard(call)
             case m.Truncate(call, sequence, length):
                 self.lengths[sequence] = length
                 self._in(0, call, m.Done(call=call, usage=m.Usage(), length=length))
@@ -80,9 +85,46 @@ class Core:
 
     def _in(self, seconds: float, call: int, event: m.Event, then: Callable[[], None] | None = None) -> None:
         def fire() -> None:
-            self.calls.pop(call, None)
-            self._deliver(event)
-            if then is not None:
-                then()
+            if call in self.calls:
+                self.calls.discard(call)
+                self._deliver(event)
+                if then is not None:
+                    then()
 
-        self.calls[call] = asyncio.get_running_loop().call_later(seconds, fire)
+        self.calls.add(call)
+        loop = asyncio.get_running_loop()
+        if loop not in self._clocks:
+            self._clocks[loop] = Clock(loop)
+        self._clocks[loop].at(time.perf_counter() + seconds, fire)
+
+
+class Clock:
+    """Timers of a loop that are right to some 20 us: the loop's own are late by up to a millisecond, to which its
+    waits are rounded up. Shortly before one is due, the loop does not wait."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._heap: list[tuple[float, int, Callable[[], None]]] = []
+        self._count = itertools.count()
+        self._armed: asyncio.Handle | None = None
+        self._wakes = 0.0
+
+    def at(self, due: float, then: Callable[[], None]) -> None:
+        heapq.heappush(self._heap, (due, next(self._count), then))
+        if self._armed is None or due < self._wakes:
+            self._arm()
+
+    def _arm(self) -> None:
+        if self._armed is not None:
+            self._armed.cancel()
+        self._wakes = self._heap[0][0]
+        left = self._wakes - time.perf_counter() - _EARLY
+        self._armed = self._loop.call_later(left, self._tick) if left > 0 else self._loop.call_soon(self._tick)
+
+    def _tick(self) -> None:
+        self._armed = None
+        now = time.perf_counter()
+        while self._heap and self._heap[0][0] <= now:
+            heapq.heappop(self._heap)[2]()
+        if self._heap and self._armed is None:
+            self._arm()

@@ -62,14 +62,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     grammar: Grammar | None = None
 
     def validate(self) -> SamplingParams:
-        for name, type_ in _FIELDS:
+        try:
+            msgspec.convert(msgspec.to_builtins(self), SamplingParams)
+        except (msgspec.ValidationError, TypeError, ValueError):
+            self._name_the_wrong_one()
+        for name in ("max_tokens", "min_tokens", "top_k", "seed", "logprobs"):
             value = getattr(self, name)
-            try:
-                msgspec.convert(value, type_)
-            except msgspec.ValidationError as error:
-                raise RequestError(name, value, str(error)) from None
             # Tensors and messages hold integers of 64 bits; stop_token_ids are compared with the vocabulary.
-            _require(type(value) is not int or abs(value) < 1 << 63, name, value, "too large")
+            _require(value is None or abs(value) < 1 << 63, name, value, "too large")
         _require(self.max_tokens >= 0, "max_tokens", self.max_tokens, "must not be negative")
         _require(0 <= self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, "not in 0..max_tokens")
         _require(
@@ -112,6 +112,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         _require(all(self.stop), "stop", self.stop, "must not hold an empty string")
         _require(all(self.stop_regex), "stop_regex", self.stop_regex, "must not hold an empty pattern")
         return self
+
+    def _name_the_wrong_one(self) -> None:
+        for name, type_ in _FIELDS:
+            value = getattr(self, name)
+            try:
+                msgspec.convert(value, type_)
+            except msgspec.ValidationError as error:
+                raise RequestError(name, value, str(error)) from None
 
 
 _FIELDS = [(field.name, field.type) for field in msgspec.structs.fields(SamplingParams)]

@@ -115,9 +115,7 @@ def test_both_do_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(theirs, "read_jsonl", lambda name: HELLASWAG)
     sgl.set_default_backend(backend)
     try:
-        with contextlib.suppress(
-            AssertionError, ValueError, KeyError, SyntaxError, NameError, IndexError, AttributeError
-        ):
+        with contextlib.suppress(Exception):  # what the programs ask of the answers
             guarded(lambda: getattr(theirs, name)(*CASES[name]))
     finally:
         guarded(backend.shutdown)
