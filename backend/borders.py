@@ -33,8 +33,8 @@ def encoded(
         tokens = [tokenizer.bos]
     last = max((i for i, token in enumerate(more) if tokenizer.is_special(token)), default=-1)
     if last >= 0:
-        chars = border.chars + len(tokenizer.decode(more[: last + 1]))
-        border = Border(chars, len(tokens) + last + 1)
+        spelled = tokenizer.decode([more[last]])
+        border = Border(text.rindex(spelled, border.chars) + len(spelled), len(tokens) + last + 1)
     return tokens + more, border
 
 

@@ -14,10 +14,29 @@ from weft.runtime.errors import RequestError
 # What a dtype stands for, as sglang's own endpoint takes it; numbers also end at a space or a new line.
 _DTYPES = {"int": REGEX_INT, "float": REGEX_FLOAT, "bool": REGEX_BOOL, "str": REGEX_STR}
 
+# A program's generations have few different parameters, and it is run thousands of times.
+_KNOWN: dict[Any, SamplingParams] = {}
+_MOST = 1024
+
 
 def sampling_params(p: Any, *, thinking: bool = False) -> SamplingParams:
     """From an `SglSamplingParams` of any sglang version (fields that a version lacks keep their default).
     thinking: the text ends inside a thought."""
+    values = [tuple(v) if isinstance(v, list) else v for v in vars(p).values()]
+    key = (thinking, *vars(p), *values, *map(type, values))  # 1 is not True here
+    try:
+        known = _KNOWN.get(key)
+    except TypeError:  # of no type that is allowed
+        return _sampling_params(p, thinking)
+    if known is None:
+        known = _sampling_params(p, thinking)
+        if len(_KNOWN) >= _MOST:
+            _KNOWN.clear()
+        _KNOWN[key] = known
+    return known
+
+
+def _sampling_params(p: Any, thinking: bool) -> SamplingParams:
     grammar, stop = _grammar(p, thinking)
     wants_logprobs = getattr(p, "return_logprob", None) is True
     return SamplingParams(

@@ -6,13 +6,17 @@ others until it is done. A cancelled `spawn` raises `CancelledError` where the f
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
+import threading
 from collections.abc import Awaitable, Callable, Coroutine, Generator
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from greenlet import getcurrent, greenlet
 
 if TYPE_CHECKING:
+    from weft.backend.executor.base import Ground, Scope
     from weft.backend.executor.stalls import Watch
 
 T = TypeVar("T")
@@ -77,3 +81,30 @@ class _Passed:
 
     def __await__(self) -> Generator[Any, None, None]:
         yield self._future
+
+
+class OfLoop(Protocol):
+    """What belongs to a loop, as long as its scope is open."""
+
+    @property
+    def ground(self) -> Ground: ...
+
+    scope: Scope
+
+
+S = TypeVar("S", bound=OfLoop)
+P = ParamSpec("P")
+
+
+def on_loop(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
+    """Called from a thread, as by programs that run in one, the method runs on the loop, and may wait."""
+
+    @wraps(method)
+    def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        if threading.get_ident() == self.ground.thread or self.scope.closed:
+            return method(self, *args, **kwargs)
+        work = spawn(partial(method, self, *args, **kwargs))
+        result: T = asyncio.run_coroutine_threadsafe(work, self.ground.loop).result()
+        return result
+
+    return call

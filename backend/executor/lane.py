@@ -7,17 +7,15 @@ task of the loop. The first error ends the lane: what waits for it, or asks it f
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections import deque
-from collections.abc import Callable, Coroutine
-from functools import partial, wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 
 from sglang.lang import ir
 
 from weft.backend.executor.base import Ground, Piece, ProgramError, Scope
 from weft.backend.executor.generation import generate, select
-from weft.backend.executor.greenlets import may_wait, spawn, wait
+from weft.backend.executor.greenlets import may_wait, on_loop, wait
 from weft.backend.executor.leaves import Plain, generated, leaves, names
 from weft.backend.executor.transcript import Transcript
 from weft.runtime.errors import RequestError, UnsupportedError
@@ -25,22 +23,7 @@ from weft.runtime.errors import RequestError, UnsupportedError
 _AT_ONCE = (ir.SglConstantText, ir.SglRoleBegin, ir.SglRoleEnd, ir.SglVarScopeBegin, ir.SglVarScopeEnd)
 _WORTH = 256  # characters of text that are worth a call of their own, to be computed while the program waits
 
-P = ParamSpec("P")
 T = TypeVar("T")
-
-
-def _on_loop(method: Callable[Concatenate[Lane, P], T]) -> Callable[Concatenate[Lane, P], T]:
-    """Called from a thread, as by programs that run in one, it is done on the loop."""
-
-    @wraps(method)
-    def call(self: Lane, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        if threading.get_ident() == self.ground.thread or self.scope.closed:
-            return method(self, *args, **kwargs)
-        done = asyncio.run_coroutine_threadsafe(spawn(partial(method, self, *args, **kwargs)), self.ground.loop)
-        result: T = done.result()
-        return result
-
-    return call
 
 
 class Lane:
@@ -58,7 +41,8 @@ class Lane:
         self._role: str | None = None
         self._role_start = 0
         self._forks = 0
-        self._awaited: dict[str, asyncio.Future[None]] = {}
+        self._making: Counter[str] = Counter()  # variables that will be set, and how often
+        self._waiting: dict[str | None, list[asyncio.Future[None]]] = {}  # for them; None: for the end of the line
         self._starts: dict[str, int] = {}  # characters before a variable's text
         self._unseparated: set[str] = set()  # variables with reasoning that will be split off
         self._queue: deque[ir.SglExpr] = deque()
@@ -71,13 +55,13 @@ class Lane:
 
     # -- what a program's body does ---------------------------------------------------------------------
 
-    @_on_loop
+    @on_loop
     def submit(self, expression: Any) -> None:
         self._check()
         more = list(leaves(expression))
         for leaf in more:
             for name in names(leaf):
-                self._awaited[name] = self.ground.loop.create_future()
+                self._making[name] += 1
             if isinstance(leaf, ir.SglSeparateReasoning):
                 self._unseparated.update(own.name for own in generated(leaf.expr))
         self._queue.extend(more)
@@ -89,30 +73,29 @@ class Lane:
         if self._task is None and self._queue:
             self._task = self.ground.loop.create_task(self._work())
 
-    @_on_loop
+    @on_loop
     def get(self, name: str) -> Any:
         """A variable, once it is there."""
         self.settle(name)
         return self.variables[name]
 
-    @_on_loop
+    @on_loop
     def settle(self, name: str) -> None:
         """Until the variable is there, or never will be."""
-        future = self._awaited.get(name)
-        if future is not None and not future.done():
-            self.wait(asyncio.wait({future}))
+        if self._making[name]:
+            self.wait(self._waiter(name))
         if self.error is not None and name not in self.variables:
             raise self.error
 
-    @_on_loop
+    @on_loop
     def sync(self) -> None:
         """Until all that was submitted is done."""
         if self._task is not None:
-            self.wait(asyncio.wait({self._task}))
+            self.wait(self._waiter(None))
         if self.error is not None:
             raise self.error
 
-    @_on_loop
+    @on_loop
     def fork(self, count: int, scopes: list[Scope] | None = None) -> list[Lane]:
         """Lanes that go on from here, each its own way. scopes: whose they are, if not this one's."""
         if type(count) is not int or count < 1:
@@ -137,7 +120,7 @@ class Lane:
         self._forks += 1
         return lane
 
-    @_on_loop
+    @on_loop
     def become(self, other: Lane) -> None:
         """Go on from where one of its forks has come to, which ends."""
         other.sync()
@@ -151,7 +134,7 @@ class Lane:
         self._starts.update(other._starts)
         other.close()
 
-    @_on_loop
+    @on_loop
     def close(self) -> None:
         """End it: what is under way is cancelled, its KV given back. Safe to call twice."""
         if self.closed:
@@ -174,17 +157,18 @@ class Lane:
             raise self.error
         self.scope.check()
 
-    @_on_loop
-    def wait(self, awaitable: Coroutine[Any, Any, T]) -> T:
+    @on_loop
+    def wait(self, awaitable: Awaitable[T]) -> T:
         """Until it is done; others go on."""
         if not may_wait():
-            awaitable.close()
+            if isinstance(awaitable, Coroutine):
+                awaitable.close()
             raise RuntimeError("the run has not ended, and only its program may wait for it")
         for lane in self.scope.lanes:
             lane.compute_ahead()
         return wait(awaitable)
 
-    @_on_loop
+    @on_loop
     def leased(self, seconds: float, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """`wait` for what `work` begins, something that takes so long at most; KV of others is let
         go of first."""
@@ -223,16 +207,28 @@ class Lane:
             self._fail(error)
         finally:
             self._task = None
+            self._notify(None)
+
+    def _waiter(self, what: str | None) -> asyncio.Future[None]:
+        """Of one who waits: its own, so that cancelling it is nobody else's affair."""
+        waiter: asyncio.Future[None] = self.ground.loop.create_future()
+        self._waiting.setdefault(what, []).append(waiter)
+        return waiter
+
+    def _notify(self, what: str | None) -> None:
+        for waiter in self._waiting.pop(what, ()):
+            if not waiter.done():
+                waiter.set_result(None)
 
     def _fail(self, error: BaseException) -> None:
-        name = next((name for name, future in self._awaited.items() if not future.done()), None)
+        name = next(iter(self._making), None)
         self.error = (
             error if isinstance(error, ProgramError) else ProgramError(self.ground.program, self.path, name, error)
         )
         self._queue.clear()
-        for future in self._awaited.values():
-            if not future.done():
-                future.set_result(None)
+        self._making.clear()
+        for what in list(self._waiting):
+            self._notify(what)
 
     def _at_once(self, leaf: ir.SglExpr) -> None:
         match leaf:
@@ -275,15 +271,14 @@ class Lane:
     async def ended(self) -> None:
         """For other lanes: until this one's line is empty; raises its error."""
         if self._task is not None:
-            await asyncio.wait({self._task})
+            await self._waiter(None)
         if self.error is not None:
             raise self.error
 
     async def _append_variable(self, leaf: Any) -> None:
         other: Lane = leaf.source_stream_executor
-        future = other._awaited.get(leaf.name)
-        if future is not None and not future.done():
-            await asyncio.wait({future})
+        if other._making[leaf.name]:
+            await other._waiter(leaf.name)
         if other.error is not None and leaf.name not in other.variables:
             raise other.error
         self.add(str(other.variables[leaf.name]))
@@ -305,9 +300,10 @@ class Lane:
         self.variables[name], self.meta[name] = value, meta
         if name in self._unseparated:
             return
-        future = self._awaited.get(name)
-        if future is not None and not future.done():
-            future.set_result(None)
+        self._making[name] -= 1
+        if self._making[name] <= 0:
+            del self._making[name]
+            self._notify(name)
 
     def grew(self, tokens: int) -> None:
         """Its history has so many tokens more."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import heapq
 import itertools
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +18,7 @@ from weft.runtime.engine import messages as m
 from weft.runtime.engine.config import EngineConfig
 from weft.runtime.engine.front import EMBEDDED, Engine
 
-_EARLY = 0.0015  # seconds
+_LIBC = ctypes.CDLL(None)
 
 
 class StandIn(Engine):
@@ -99,32 +102,32 @@ class Core:
 
 
 class Clock:
-    """Timers of a loop that are right to some 20 us: the loop's own are late by up to a millisecond, to which its
-    waits are rounded up. Shortly before one is due, the loop does not wait."""
+    """Timers of a loop by the kernel's own: the loop's are late by up to a millisecond, to which its waits are
+    rounded up. Linux only."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._count = itertools.count()
-        self._armed: asyncio.Handle | None = None
-        self._wakes = 0.0
+        self._fd = _LIBC.timerfd_create(time.CLOCK_MONOTONIC, os.O_NONBLOCK)
+        loop.add_reader(self._fd, self._tick)
 
     def at(self, due: float, then: Callable[[], None]) -> None:
         heapq.heappush(self._heap, (due, next(self._count), then))
-        if self._armed is None or due < self._wakes:
+        if self._heap[0][0] == due:
             self._arm()
 
     def _arm(self) -> None:
-        if self._armed is not None:
-            self._armed.cancel()
-        self._wakes = self._heap[0][0]
-        left = self._wakes - time.perf_counter() - _EARLY
-        self._armed = self._loop.call_later(left, self._tick) if left > 0 else self._loop.call_soon(self._tick)
+        left = max(self._heap[0][0] - time.perf_counter(), 1e-6)
+        spec = (ctypes.c_long * 4)(
+            0, 0, int(left), int(left % 1 * 1e9)
+        )  # no interval, then seconds and nanoseconds
+        _LIBC.timerfd_settime(self._fd, 0, spec, None)
 
     def _tick(self) -> None:
-        self._armed = None
+        with contextlib.suppress(BlockingIOError):  # set anew since it rang
+            os.read(self._fd, 8)
         now = time.perf_counter()
         while self._heap and self._heap[0][0] <= now:
             heapq.heappop(self._heap)[2]()
-        if self._heap and self._armed is None:
+        if self._heap:
             self._arm()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import codecs
 import itertools
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import tokenizers
@@ -13,12 +13,17 @@ import tokenizers
 from weft.runtime.errors import CheckpointError
 from weft.runtime.text.tokens import BOS, EOS, LEADING, TRAILING
 
+# Texts of so many characters are remembered with their tokens, the last so many.
+_SHORT, _KEPT = 512, 2048
+
 
 class Tokenizer:
     """A byte-level BPE tokenizer with V4's special tokens."""
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
+        self._bytes = {id: token.content.encode() for id, token in backend.get_added_tokens_decoder().items()}
+        self._known = lru_cache(_KEPT)(self._encoded)
         self._specials = {id: token.content.encode() for id, token in backend.get_added_tokens_decoder().items()}
         self.size = backend.get_vocab_size(with_added_tokens=True)
 
@@ -49,6 +54,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids; the spelling of a special token becomes that token. Adds no BOS."""
+        # What is between generations is short, and the same for thousands of programs.
+        return list(self._known(text)) if len(text) <= _SHORT else self._encoded(text)
+
+    def _encoded(self, text: str) -> list[int]:
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -78,11 +87,12 @@ class Tokenizer:
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes one token stands for; empty for an id the tokenizer does not define."""
-        special = self._specials.get(id)
-        if special is not None:
-            return special
-        token = self._backend.id_to_token(id)
-        return bytes(map(_BYTE_OF_CHAR.__getitem__, token)) if token is not None else b""
+        known = self._bytes.get(id)
+        if known is None:
+            token = self._backend.id_to_token(id)
+            known = bytes(map(_BYTE_OF_CHAR.__getitem__, token)) if token is not None else b""
+            self._bytes[id] = known
+        return known
 
     def beginning(self, text: bytes) -> list[int]:
         """Tokens that such text can begin with: its first bytes, or all of it and more. No special ones."""
