@@ -7,7 +7,6 @@ cancelled or late. Every run ends, and nothing is left of it in the engine or on
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from support.engine import finish, is_empty, until
+from support.plain import Odd, Plain
 from support.programs import shared_engine
 from weft.backend.executor import Attempts, Limits, ProgramError, ProgramExecutor, tool
-from weft.runtime.decoding.params import SamplingParams
 from weft.runtime.engine.front import Engine
 from weft.runtime.errors import DeadlineExceeded
 
@@ -148,59 +147,6 @@ def _failing(times: int) -> Any:
 # -- one thing after another -------------------------------------------------------------------------------
 
 
-@dataclass
-class Plain:
-    """A history as parts, text or drawn tokens, each text encoded together with those beside it."""
-
-    engine: Engine
-    parts: list[str | list[int]] = field(default_factory=list)
-    text: str = ""
-    variables: dict[str, Any] = field(default_factory=dict)
-
-    def fork(self) -> Plain:
-        return Plain(self.engine, list(self.parts), self.text, dict(self.variables))
-
-    def add(self, text: str) -> None:
-        self.text += text
-        self.parts.append(text)
-
-    def tokens(self) -> list[int]:
-        tokens, open_ = [self.engine.tokenizer.bos], ""
-        for part in [*self.parts, []]:
-            if isinstance(part, str):
-                open_ += part
-            else:
-                tokens += self.engine.tokenizer.encode(open_) + part
-                open_ = ""
-        return tokens
-
-    async def gen(self, name: str, count: int) -> None:
-        output = await self.engine.generate(self.tokens(), SamplingParams(max_tokens=count, temperature=0))
-        kept = output.tokens[: output.kept]
-        said = self.engine.tokenizer.decode(kept)
-        self.parts += [kept, output.text[len(said) :]]
-        self.text += output.text
-        self.variables[name] = output.text
-
-    async def select(self, name: str) -> None:
-        tokens = self.tokens()
-        scores = []
-        for choice in CHOICES:
-            with self.engine.open(tokens) as sequence:
-                scored = await sequence.append_scored(self.engine.tokenizer.encode(choice))
-                scores.append(sum(r.logprob for r in scored) / len(scored))
-        choice = CHOICES[scores.index(max(scores))]
-        self.add(choice)
-        self.variables[name] = choice
-
-
-class Odd(Exception):
-    """What the executor says by `ProgramError`: which variable, None if code failed."""
-
-    def __init__(self, variable: str | None) -> None:
-        self.variable = variable
-
-
 async def follow(s: Plain, block: list[Node]) -> None:
     for node in block:
         match node:
@@ -209,7 +155,7 @@ async def follow(s: Plain, block: list[Node]) -> None:
             case ("gen", name, count):
                 await s.gen(name, count)
             case ("select", name):
-                await s.select(name)
+                await s.select(name, CHOICES)
             case ("read", name):
                 s.add(f"({s.variables[name]})" if name in s.variables else "(none)")
             case ("tool", own, text):
