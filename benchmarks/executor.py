@@ -152,18 +152,22 @@ def added_latency(engine: StandIn, seconds: float) -> dict[str, Any]:
             return count / (time.perf_counter() - started)
 
     async def arrivals(rate: float) -> int:
-        draw, tasks = random.Random(1), []
+        draw, tasks, count = random.Random(1), set(), 0
         with ProgramExecutor(engine, stall=60) as executor:
             following = end = time.perf_counter()
             end += seconds
             while following < end:
                 await asyncio.sleep(max(0.0, following - time.perf_counter()))
-                tasks.append(asyncio.ensure_future(executor.run(every, len(tasks), note)))
+                task = asyncio.ensure_future(executor.run(every, count, note))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+                count += 1
                 following += draw.expovariate(rate)
             await asyncio.gather(*tasks)
-        return len(tasks)
+        return count
 
     most = statistics.median(asyncio.run(capacity()) for _ in range(3))
+    gc.collect()
     count = asyncio.run(arrivals(most / 2))
     cuts = {name: statistics.quantiles(own, n=100) for name, own in seen.items()}
     return {
@@ -226,10 +230,9 @@ def main() -> None:
     warnings.simplefilter("error")
     logging.getLogger("weft.executor").setLevel(logging.ERROR)
     engine = StandIn(LATENCY, TOKENS)
-    # As servers do: what exists at the start is never looked through for garbage again, and new things seldom.
+    # As servers do: what exists at the start is never looked through for garbage again.
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
     figures = {"states": many_states(engine, args.states)}
     figures["added latency"] = added_latency(engine, args.seconds)
     figures["throughput"] = throughput(engine, args.programs, args.rounds)

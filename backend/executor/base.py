@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from weft.backend.executor.lane import Lane
     from weft.backend.executor.outside import Outside
     from weft.backend.executor.stalls import Watch
+    from weft.backend.executor.transcript import Gates
 
 
 _LEAST = 1e-9  # of a cost
@@ -140,6 +141,7 @@ class Ground:
     thread: int
     watch: Watch
     outside: Outside
+    gates: Gates
     tally: Tally
     emit: Callable[[Piece], None] | None  # if somebody listens
     namespace: str = ""

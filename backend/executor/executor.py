@@ -16,6 +16,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Self
+from weakref import WeakKeyDictionary
 
 from sglang.lang import ir
 
@@ -36,7 +37,7 @@ from weft.backend.executor.lane import Lane
 from weft.backend.executor.outside import Outside
 from weft.backend.executor.stalls import Stall, Watchman
 from weft.backend.executor.state import State
-from weft.backend.executor.transcript import Transcript
+from weft.backend.executor.transcript import Gates, Transcript
 from weft.backend.template import DeepSeekV4Template
 from weft.runtime.engine.front import Engine
 from weft.runtime.errors import DeadlineExceeded, RequestError, UnsupportedError
@@ -62,8 +63,8 @@ class Run:
 
 
 class ProgramExecutor:
-    """Over one engine, which is the caller's to close. Used from one event loop. `close` it, or use it as a
-    context manager, to end its threads."""
+    """Over one engine, which is the caller's to close. Used from one event loop at a time. `close` it, or use it
+    as a context manager, to end its threads."""
 
     def __init__(
         self,
@@ -89,6 +90,7 @@ class ProgramExecutor:
         self._admission = Admission(engine)
         self._outside = Outside()
         self._watchman = Watchman(stall, on_stall)
+        self._gates: WeakKeyDictionary[asyncio.AbstractEventLoop, Gates] = WeakKeyDictionary()
 
     def __enter__(self) -> Self:
         return self
@@ -123,6 +125,8 @@ class ProgramExecutor:
         finally:
             task.cancel()
             await asyncio.wait({task})
+            if not task.cancelled():
+                task.exception()  # if it failed, whoever left early does not care
 
     async def batch(
         self,
@@ -178,7 +182,7 @@ class ProgramExecutor:
                 await stack.enter_async_context(self._admission.enter(need, None if patient else self._patience))
             ground = self._ground(program, defaults, emit)
             scope = Scope(ground, within)
-            state = State(Lane(scope, Transcript(self.engine, self._namespace)))
+            state = State(Lane(scope, Transcript(self.engine, ground.gates, self._namespace)))
             try:
                 value = await self._body(program, state, args, own)
             finally:
@@ -203,16 +207,18 @@ class ProgramExecutor:
             raise  # the program's own
 
     def _ground(self, program: Any, defaults: Any, emit: Callable[[Piece], None] | None) -> Ground:
-        name = program.func.__name__
+        name, loop = program.func.__name__, asyncio.get_running_loop()
+        gates = self._gates.get(loop) or self._gates.setdefault(loop, Gates(self.engine))
         return Ground(
             program=name,
             engine=self.engine,
             template=self._template,
             defaults=defaults,
-            loop=asyncio.get_running_loop(),
+            loop=loop,
             thread=threading.get_ident(),
             watch=self._watchman.watch(name, program.func.__code__),
             outside=self._outside,
+            gates=gates,
             tally=Tally(),
             emit=emit,
             namespace=self._namespace,

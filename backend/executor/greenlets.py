@@ -46,9 +46,11 @@ async def spawn(function: Callable[..., Any], *args: Any, watch: Watch | None = 
     while True:
         if watch is not None:
             watch.begins()
-        result = switch(*argument)
-        if watch is not None:
-            watch.ends()
+        try:
+            result = switch(*argument)
+        finally:
+            if watch is not None:
+                watch.ends()
         if body.dead:
             return result
         try:

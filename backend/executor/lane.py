@@ -116,7 +116,9 @@ class Lane:
     def fresh(self, scope: Scope) -> Lane:
         """A lane without a history, counted among this one's forks."""
         self._check()
-        lane = Lane(scope, Transcript(self.ground.engine, self.ground.namespace), f"{self.path}/{self._forks}")
+        ground = self.ground
+        transcript = Transcript(ground.engine, ground.gates, ground.namespace)
+        lane = Lane(scope, transcript, f"{self.path}/{self._forks}")
         self._forks += 1
         return lane
 

@@ -8,27 +8,29 @@ import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 T = TypeVar("T")
 
 
 class Outside:
-    """Its threads are daemons: a function that never ends does not keep Python from exiting. Owned by an executor,
-    used from one event loop."""
+    """Its threads are daemons: a function that never ends does not keep Python from exiting. Owned by an
+    executor."""
 
     def __init__(self, threads: int = 64) -> None:
         """threads: calls of one kind, tools or programs, that run at a time; others wait."""
         self._threads = threads
-        self._gates: dict[str, asyncio.Semaphore] = {}
+        self._gates: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, asyncio.Semaphore]]
+        self._gates = WeakKeyDictionary()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 
     async def call(self, kind: str, function: Callable[[], T], context: contextvars.Context) -> T:
         """A function's result, from a thread. It cannot be stopped: when the caller is cancelled it goes on, and
         its result is dropped."""
-        gate = self._gates.setdefault(kind, asyncio.Semaphore(self._threads))
-        await gate.acquire()
         loop = asyncio.get_running_loop()
+        gate = self._gates.setdefault(loop, {}).setdefault(kind, asyncio.Semaphore(self._threads))
+        await gate.acquire()
         future: asyncio.Future[T] = loop.create_future()
 
         def finish(result: Any, error: BaseException | None) -> None:

@@ -27,11 +27,21 @@ _UNSURE = 8  # tokens
 _ATTEMPTS = 3  # at a generation on cores that die
 
 
+class Gates:
+    """An engine refuses calls that its queue does not hold; those of one executor wait here in their place. A
+    score is up to sixteen calls. Used from one event loop."""
+
+    def __init__(self, engine: Engine) -> None:
+        queue = engine.config.limits.queue
+        self.calls, self.scores = asyncio.Semaphore(max(1, queue // 2)), asyncio.Semaphore(max(1, queue // 32))
+
+
 class Transcript:
     """Owns its sequence, until `close`."""
 
-    def __init__(self, engine: Engine, namespace: str = "") -> None:
+    def __init__(self, engine: Engine, gates: Gates, namespace: str = "") -> None:
         self.engine = engine
+        self._gates = gates
         self._namespace = namespace
         self.prompt_tokens = 0  # of the last generation
         self._pieces: list[str] = []
@@ -112,7 +122,8 @@ class Transcript:
         when more text follows."""
         async with self._turn:
             held = await self._ready(_UNSURE)
-        await held.compute(deadline)
+        async with self._gates.calls:
+            await held.compute(deadline)
 
     def lease(self, seconds: float) -> None:
         """While its program waits for something else, its KV is let go of later than that of others; 0 ends it."""
@@ -200,7 +211,7 @@ class Transcript:
             held = await self.ready()
             self.prompt_tokens = len(self._fixed) + len(self._tail)
             try:
-                async with aclosing(held.generate(params, deadline)) as events:
+                async with self._gates.calls, aclosing(held.generate(params, deadline)) as events:
                     async for event in events:
                         if isinstance(event, m.Done):
                             self._take(drawn[: event.kept], "".join(text), excess=event.kept < len(drawn))
@@ -212,10 +223,14 @@ class Transcript:
                         text.append(event.text)
                         more(event)
             except EngineDead:
-                self._held = None
-                if attempt == _ATTEMPTS - 1:
-                    raise
+                self._lost(attempt)
         raise AssertionError("a generation ends with Done or an exception")
+
+    def _lost(self, attempt: int) -> None:
+        """The core died, and the sequence with it; raises what is being handled if that happened too often."""
+        self._held = None
+        if attempt == _ATTEMPTS - 1:
+            raise
 
     def _take(self, kept: list[int], text: str, *, excess: bool) -> None:
         """These tokens were drawn, and the sequence has them; the text may go on behind them."""
@@ -232,16 +247,27 @@ class Transcript:
         self, choices: Sequence[str], deadline: float | None
     ) -> list[tuple[list[int], list[m.Logprob]]]:
         """For each choice its tokens, from where the first of them all parts from the text's, and how likely."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                return await self._score(choices, deadline)
+            except EngineDead:
+                self._lost(attempt)
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _score(
+        self, choices: Sequence[str], deadline: float | None
+    ) -> list[tuple[list[int], list[m.Logprob]]]:
         held = await self.ready()
         base = len(self._fixed)
         own, known = self._tail, Border(0, base)
         whole = [encoded(self.engine.tokenizer, self._open + c, self._fixed, known)[0][base:] for c in choices]
         start = min(shared(own, tokens) for tokens in whole)
         parts = [tokens[start:] for tokens in whole]
-        if start == len(own):
-            return list(zip(parts, await held.score(parts, deadline=deadline), strict=True))
-        with self.engine.open([*self._fixed, *own[:start]], namespace=self._namespace) as shorter:
-            return list(zip(parts, await shorter.score(parts, deadline=deadline), strict=True))
+        async with self._gates.scores:
+            if start == len(own):
+                return list(zip(parts, await held.score(parts, deadline=deadline), strict=True))
+            with self.engine.open([*self._fixed, *own[:start]], namespace=self._namespace) as shorter:
+                return list(zip(parts, await shorter.score(parts, deadline=deadline), strict=True))
 
     def fork(self, count: int) -> list[Transcript]:
         """Others with this history. The engine forks now, behind what it was asked before; they wait for it when
@@ -253,7 +279,7 @@ class Transcript:
             task = asyncio.get_running_loop().create_task(self._forked(count, until))
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
         for number in range(count):
-            child = Transcript(self.engine, self._namespace)
+            child = Transcript(self.engine, self._gates, self._namespace)
             child._pieces, child._fixed, child._open = [self.text], list(self._fixed), self._open
             child._source = (task, number) if task is not None else None
             children.append(child)
@@ -263,7 +289,8 @@ class Transcript:
         async with self._turn:  # in the order of the forks; what is asked of this one later comes behind them
             held = await self._ready(until=until)
             sent, tail = self._sent, list(self._tail)
-        return _Forked(await held.fork(count), sent, tail)
+        async with self._gates.calls:
+            return _Forked(await held.fork(count), sent, tail)
 
     def close(self) -> None:
         """Give the KV back. Nothing else can be asked of it then."""

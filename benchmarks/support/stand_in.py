@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 from weft.runtime.cache.capacity import PoolSizes
 from weft.runtime.engine import messages as m
-from weft.runtime.engine.config import EngineConfig
+from weft.runtime.engine.config import CoreLimits, EngineConfig
 from weft.runtime.engine.front import EMBEDDED, Engine
 
 _LIBC = ctypes.CDLL(None)
@@ -27,7 +27,8 @@ class StandIn(Engine):
     def __init__(self, latency: float, tokens: int, deltas: int = 1) -> None:
         """latency: seconds that a generation takes. tokens: that it draws, in so many deltas."""
         self.latency, self.drawn, self.deltas = latency, tokens, deltas
-        super().__init__(EMBEDDED, config=EngineConfig(pools=PoolSizes(tokens=1 << 22, slots=1 << 15)))
+        pools = PoolSizes(tokens=1 << 22, slots=1 << 15)
+        super().__init__(EMBEDDED, config=EngineConfig(pools=pools, limits=CoreLimits(queue=1 << 16)))
 
     def _connect(self, *_: Any) -> Any:
         return Core(self, self._deliver)

@@ -237,3 +237,23 @@ def test_kv_is_leased_while_a_tool_runs_and_pressure_can_have_it() -> None:
     pinned.clear()
     assert finish(work(pools)) == roomy
     assert pinned == [True]
+
+
+def test_what_was_said_is_computed_while_the_program_waits() -> None:
+    text = "A weaver and a loom. " * 30
+
+    @tool
+    async def slow() -> None:
+        await asyncio.sleep(0.5)
+
+    @sgl.function
+    def waiting(s: Any, waits: bool) -> Any:
+        s += text
+        if waits:
+            s.call(slow)
+        s += "And " + sgl.gen("x", **GEN)
+        return s.get_meta_info("x")["cached_tokens"]
+
+    ahead, plain = run(waiting, True), run(waiting, False)
+    assert ahead.text() == plain.text()
+    assert plain.value == 0 and len(text) - 8 <= ahead.value <= len(text) + 1
