@@ -47,12 +47,14 @@ def joined(error: ProgramError, partial: list[Any]) -> ProgramError:
 
 @dataclass(frozen=True)
 class Piece:
-    """Text of a variable as it is made. meta: sglang's meta information so far; complete with the last piece."""
+    """Text of a variable as it is made. meta: sglang's meta information so far; complete with the last piece.
+    index: which of n."""
 
     path: str
     variable: str | None
     text: str
     meta: dict[str, Any] | None
+    index: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,8 @@ UNLIMITED = Limits()
 
 @dataclass
 class Cost:
-    """What a run took over all its states, in tokens. seconds: of its generations, one beside another counted
-    twice. states: how many it had."""
+    """What a run took over all its states, in tokens. prompt, cached: of its generations. computed: all that
+    were run, for forks and choices too. seconds: of generations, two at a time counted twice. states: so many."""
 
     generations: int = 0
     prompt: int = 0
@@ -108,7 +110,7 @@ class Cost:
 
     def at(self, price: Price) -> float:
         """In money. What is computed of outputs is in the price of generated tokens."""
-        prompt = max(0, self.prompt - self.cached)
+        prompt = max(0, self.computed - self.generated)
         return prompt * price.computed + self.cached * price.cached + self.generated * price.generated
 
 
@@ -207,6 +209,13 @@ class Scope:
             scope.cost.generated += tokens
             scope = scope.parent
         self._check_spent(0)
+
+    def worked(self, tokens: int) -> None:
+        """So many tokens were run by forks, choices and the like."""
+        scope: Scope | None = self
+        while scope is not None:
+            scope.cost.computed += tokens
+            scope = scope.parent
 
     def add(self, usage: m.Usage) -> None:
         """A generation has ended."""

@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal, Self
 from weakref import WeakKeyDictionary
 
@@ -173,7 +173,7 @@ class ProgramExecutor:
         emit: Callable[[Piece], None] | None,
         patient: bool = False,
     ) -> Run:
-        own, defaults = self._split(program, kwargs)
+        own, defaults = _split(program, args, kwargs)
         async with AsyncExitStack() as stack:
             need = declared(program).need
             if need is None and self._reserve == "traced":
@@ -224,22 +224,30 @@ class ProgramExecutor:
             namespace=self._namespace,
         )
 
-    @staticmethod
-    def _split(program: Any, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-        """Arguments of the program, and sampling defaults."""
-        if program.num_api_spec_tokens is not None:
-            raise UnsupportedError("num_api_spec_tokens", program.num_api_spec_tokens, "for remote chat APIs only")
-        parameters = inspect.signature(program.func).parameters
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        defaults = ir.SglSamplingParams()
-        own: dict[str, Any] = {}
-        for name, value in kwargs.items():
-            if name in parameters:
-                own[name] = value
-            elif name in _SAMPLING:
-                setattr(defaults, name, value)
-            elif takes_any:
-                own[name] = value
-            else:
-                raise RequestError(name, value, f"{program.func.__name__} has no such argument")
-        return own, defaults
+
+def _split(program: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Arguments of the program, and sampling defaults."""
+    if program.num_api_spec_tokens is not None:
+        raise UnsupportedError("num_api_spec_tokens", program.num_api_spec_tokens, "for remote chat APIs only")
+    signature = _signature(program.func)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    defaults = ir.SglSamplingParams()
+    own: dict[str, Any] = {}
+    for name, value in kwargs.items():
+        if name in _SAMPLING and name not in signature.parameters:
+            setattr(defaults, name, value)
+        elif name in signature.parameters or takes_any:
+            own[name] = value
+        else:
+            raise RequestError(name, value, f"{program.func.__name__} has no such argument")
+    try:
+        signature.bind(None, *args, **(own | program.bind_arguments))
+    except TypeError as error:
+        given = [*map(repr, args), *own]
+        raise RequestError("arguments", ", ".join(given), f"{program.func.__name__}: {error}") from None
+    return own, defaults
+
+
+@lru_cache(1024)
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)

@@ -11,7 +11,6 @@ import msgspec
 from sglang.lang import ir
 
 from weft.backend.convert import token_entry
-from weft.backend.executor.base import Piece
 from weft.backend.executor.leaves import Held
 from weft.backend.executor.transcript import Transcript
 from weft.backend.report import Report, Request
@@ -30,13 +29,15 @@ async def generate(lane: Lane, leaf: ir.SglGen) -> None:
     asked = resolved(lane.ground.defaults, leaf.sampling_params)
     state = SimpleNamespace(text_=lane.transcript.text, images_=[], num_api_spec_tokens=None)
     request = Request(state, asked)
-    if isinstance(leaf, Held):
+    if isinstance(leaf, Held) and leaf.grammar is not None:
+        if request.params.grammar is not None:
+            raise RequestError("tools", leaf.grammar.kind, "cannot be combined with a regex, schema or dtype")
         request.params = msgspec.structs.replace(request.params, grammar=leaf.grammar)
     lane.begins(leaf.name)
     count = request.count
     others = lane.transcript.fork(count - 1) if count > 1 else []
     try:
-        runs = [_complete(lane, leaf, request, own) for own in (lane.transcript, *others)]
+        runs = [_complete(lane, leaf, request, own, i) for i, own in enumerate((lane.transcript, *others))]
         found = [await runs[0]] if count == 1 else await _all(runs)
     finally:
         for other in others:
@@ -58,7 +59,7 @@ async def _all(runs: list[Any]) -> list[Any]:
 
 
 async def _complete(
-    lane: Lane, leaf: ir.SglGen, request: Request, transcript: Transcript
+    lane: Lane, leaf: ir.SglGen, request: Request, transcript: Transcript, index: int
 ) -> tuple[str, dict[str, Any]]:
     scope, ground = lane.scope, lane.ground
     report = Report(request, ground.engine, 0)
@@ -70,22 +71,21 @@ async def _complete(
         with ground.engine.open(tokens[:start], namespace=ground.namespace) as sequence:
             top = request.params.logprobs or 0
             report.prompt = await sequence.append_scored(tokens[start:], top, scope.left())
-    main = transcript is lane.transcript
+            scope.worked(sequence.computed)
 
     def more(delta: m.Delta) -> None:
         scope.spend(len(delta.tokens))
         report.prompt_tokens = transcript.prompt_tokens
         report.add(delta)
         pieces.append(delta.text)
-        if main and ground.emit is not None:
-            ground.emit(Piece(lane.path, leaf.name, delta.text, report.meta()))
+        if ground.emit is not None:
+            lane.piece(leaf.name, delta.text, report.meta(), index)
 
     done = await transcript.generate(request.params, scope.left(), more)
     scope.add(done.usage)
     report.prompt_tokens = transcript.prompt_tokens
     meta = report.meta(done)
-    if main:
-        lane.piece(leaf.name, "", meta)
+    lane.piece(leaf.name, "", meta, index)
     return "".join(pieces), meta
 
 

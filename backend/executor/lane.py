@@ -16,7 +16,7 @@ from sglang.lang import ir
 from weft.backend.executor.base import Ground, Piece, ProgramError, Scope
 from weft.backend.executor.generation import generate, select
 from weft.backend.executor.greenlets import may_wait, on_loop, wait
-from weft.backend.executor.leaves import Plain, generated, leaves, names
+from weft.backend.executor.leaves import Compute, Plain, generated, leaves, names, separated
 from weft.backend.executor.transcript import Transcript
 from weft.runtime.errors import RequestError, UnsupportedError
 
@@ -37,7 +37,7 @@ class Lane:
         self.error: ProgramError | None = None
         self.closed = False
         self.tokens = 0  # of its own, behind those of the fork it began with
-        transcript.grew = self.grew
+        transcript.owner = self
         self._role: str | None = None
         self._role_start = 0
         self._forks = 0
@@ -90,10 +90,15 @@ class Lane:
     @on_loop
     def sync(self) -> None:
         """Until all that was submitted is done."""
-        if self._task is not None:
-            self.wait(self._waiter(None))
+        self.rest()
         if self.error is not None:
             raise self.error
+
+    @on_loop
+    def rest(self) -> None:
+        """Until all that was submitted is done, or has failed."""
+        if self._task is not None:
+            self.wait(self._waiter(None))
 
     @on_loop
     def fork(self, count: int, scopes: list[Scope] | None = None) -> list[Lane]:
@@ -129,7 +134,7 @@ class Lane:
         self.sync()
         self.wait(other.transcript.succeed(self.transcript))
         self.transcript, other.transcript = other.transcript, self.transcript
-        self.transcript.grew = self.grew
+        self.transcript.owner = self
         self.grew(other.tokens)
         self.variables, self.meta, self.messages = other.variables, other.meta, other.messages
         self._role, self._role_start = other._role, other._role_start
@@ -151,7 +156,7 @@ class Lane:
     def compute_ahead(self) -> None:
         """The program is about to wait: what it has said so far can be computed."""
         if self._task is None and not self.closed and self.transcript.unsent > _WORTH:
-            self._queue.append(_Compute())
+            self._queue.append(Compute())
             self._start()
 
     def _check(self) -> None:
@@ -263,7 +268,7 @@ class Lane:
                 self._separate(leaf.model_type, leaf.expr)
             case Plain():
                 await self.transcript.add_plain(leaf.value)
-            case _Compute():
+            case Compute():
                 await self.transcript.compute(self.scope.left())
             case ir.SglImage() | ir.SglVideo():
                 raise UnsupportedError("image", leaf.path, "DeepSeek-V4 reads text only")
@@ -312,10 +317,10 @@ class Lane:
         self.tokens += tokens
         self.ground.tally.grow(0, tokens)
 
-    def piece(self, name: str | None, text: str, meta: dict[str, Any] | None) -> None:
+    def piece(self, name: str | None, text: str, meta: dict[str, Any] | None, index: int = 0) -> None:
         """More of a variable."""
         if self.ground.emit is not None:
-            self.ground.emit(Piece(self.path, name, text, meta))
+            self.ground.emit(Piece(self.path, name, text, meta, index))
 
     def _begin_role(self, role: str) -> None:
         if self._role is not None:
@@ -334,17 +339,11 @@ class Lane:
 
     def _separate(self, model_type: str, expression: Any) -> None:
         """Split the reasoning off variables, with sglang's own parser; the text keeps the answers only."""
-        from sglang.srt.parser.reasoning_parser import ReasoningParser  # heavy, and seldom asked for
-
         for own in reversed(generated(expression)):
             whole, start = self.variables[own.name], self._starts[own.name]
-            reasoning, answer = ReasoningParser(model_type).parse_non_stream(whole)
+            reasoning, answer = separated(model_type, whole)
             behind = answer + self.transcript.text[start + len(whole) :]
             self.transcript.replace_end(start, behind)
             self._unseparated.discard(own.name)
             self.set(f"{own.name}_reasoning_content", reasoning, {})
             self.set(own.name, answer, self.meta[own.name])
-
-
-class _Compute(ir.SglExpr):
-    """Compute the text so far."""

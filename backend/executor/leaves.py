@@ -20,6 +20,10 @@ class Plain(ir.SglExpr):
         self.value = value
 
 
+class Compute(ir.SglExpr):
+    """Have the engine compute the text so far."""
+
+
 class Held(ir.SglGen):
     """A generation that is held to a grammar sglang has no argument for. sampling: as for `sgl.gen`."""
 
@@ -54,3 +58,11 @@ def names(leaf: ir.SglExpr) -> list[str]:
     if isinstance(leaf, ir.SglGen | ir.SglSelect | ir.SglVarScopeBegin):
         return [leaf.name] if leaf.name is not None else []
     return []
+
+
+def separated(model_type: str, text: str) -> tuple[str, str]:
+    """Reasoning and answer, by sglang's own parser."""
+    from sglang.srt.parser.reasoning_parser import ReasoningParser  # heavy, and seldom asked for
+
+    reasoning, answer = ReasoningParser(model_type).parse_non_stream(text)
+    return reasoning, answer

@@ -71,7 +71,8 @@ class State:
         self.lane.sync()
 
     def error(self) -> Exception | None:
-        """Of a run that has ended; while it runs, errors are raised."""
+        """Once all that was submitted is done, or has failed. Whatever else is asked of the state raises it."""
+        self.lane.rest()
         return self.lane.error
 
     def __repr__(self) -> str:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -22,6 +23,9 @@ from weft.runtime.engine.handle import Sequence as Held
 from weft.runtime.errors import Cancelled, EngineDead, RequestError
 from weft.runtime.text.tokens import BOS
 from weft.runtime.text.turns import turn_cuts
+
+if TYPE_CHECKING:
+    from weft.backend.executor.lane import Lane
 
 _UNSURE = 8  # tokens
 _ATTEMPTS = 3  # at a generation on cores that die
@@ -52,7 +56,7 @@ class Transcript:
         self._tail: list[int] = []
         self._excess = False  # the sequence has drawn tokens behind those
         self._closed = False
-        self.grew: Callable[[int], None] | None = None  # told how many tokens it has more than it began with
+        self.owner: Lane | None = None  # told how many tokens it has more than it began with, and what that took
         self._counted = 0
         self._said = 0  # characters of `_open` that the sequence has tokens of
         # Since it began: text, with its tokens where they were drawn or are not to be read otherwise.
@@ -122,8 +126,17 @@ class Transcript:
         when more text follows."""
         async with self._turn:
             held = await self._ready(_UNSURE)
-        async with self._gates.calls:
+        async with self._gates.calls, self._working(held):
             await held.compute(deadline)
+
+    @asynccontextmanager
+    async def _working(self, held: Held) -> AsyncIterator[None]:
+        before = held.computed
+        try:
+            yield
+        finally:
+            if self.owner is not None:
+                self.owner.scope.worked(held.computed - before)
 
     def lease(self, seconds: float) -> None:
         """While its program waits for something else, its KV is let go of later than that of others; 0 ends it."""
@@ -175,8 +188,8 @@ class Transcript:
 
     def _count(self) -> None:
         length = self._sent + len(self._tail)
-        if self.grew is not None and length != self._counted:
-            self.grew(length - self._counted)
+        if self.owner is not None and length != self._counted:
+            self.owner.grew(length - self._counted)
         self._counted = length
 
     async def _correct(self, tokens: list[int], length: int) -> None:
@@ -265,9 +278,11 @@ class Transcript:
         parts = [tokens[start:] for tokens in whole]
         async with self._gates.scores:
             if start == len(own):
-                return list(zip(parts, await held.score(parts, deadline=deadline), strict=True))
+                async with self._working(held):
+                    return list(zip(parts, await held.score(parts, deadline=deadline), strict=True))
             with self.engine.open([*self._fixed, *own[:start]], namespace=self._namespace) as shorter:
-                return list(zip(parts, await shorter.score(parts, deadline=deadline), strict=True))
+                async with self._working(shorter):
+                    return list(zip(parts, await shorter.score(parts, deadline=deadline), strict=True))
 
     def fork(self, count: int) -> list[Transcript]:
         """Others with this history. The engine forks now, behind what it was asked before; they wait for it when
@@ -289,7 +304,7 @@ class Transcript:
         async with self._turn:  # in the order of the forks; what is asked of this one later comes behind them
             held = await self._ready(until=until)
             sent, tail = self._sent, list(self._tail)
-        async with self._gates.calls:
+        async with self._gates.calls, self._working(held):
             return _Forked(await held.fork(count), sent, tail)
 
     def close(self) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import time
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from weft.backend.language import DeepSeekV4Backend
+from weft.backend.executor import ProgramExecutor
 from weft.gateway.cli.run import load_program
 from weft.runtime.engine.front import Engine
 
@@ -30,12 +31,9 @@ def run(args: argparse.Namespace) -> int:
             f"embedded model ({engine.model_config.num_hidden_layers} layers, FP8/FP4) loaded in "
             f"{time.perf_counter() - started:.1f} s; {engine.capacity.line()}"
         )
-        backend = _Counting(engine)
-        try:
+        with ProgramExecutor(engine) as executor:
             for name, arguments, results in _programs():
-                _show(console, backend, name, arguments, results)
-        finally:
-            backend.shutdown()
+                _show(console, executor, name, arguments, results)
     return 0
 
 
@@ -77,37 +75,20 @@ def _run_tool(name: str, arguments: dict[str, Any]) -> str:
     return known.get(str(arguments.get("name")), "error: not found")
 
 
-class _Counting(DeepSeekV4Backend):
-    """Notes what each generation took."""
-
-    def __init__(self, engine: Engine) -> None:
-        super().__init__(engine)
-        self.metas: list[dict[str, Any]] = []
-
-    def generate(self, s: Any, sampling_params: Any) -> tuple[str | list[str], Any]:
-        text, meta = super().generate(s, sampling_params)
-        self.metas.append(meta)
-        return text, meta
-
-
 def _show(
-    console: Console, backend: _Counting, name: str, arguments: dict[str, Any], results: tuple[str, ...]
+    console: Console, executor: ProgramExecutor, name: str, arguments: dict[str, Any], results: tuple[str, ...]
 ) -> None:
-    backend.metas.clear()
     started = time.perf_counter()
-    state = load_program(f"weft.programs.{name}:{name}").run(backend=backend, **arguments)
-    if (error := state.error()) is not None:
-        raise error
-    values = {result: state[result] for result in results}
+    ended = asyncio.run(executor.run(load_program(f"weft.programs.{name}:{name}"), **arguments))
     seconds = time.perf_counter() - started
     console.rule(name)
     for key, value in arguments.items():
         if isinstance(value, (str, dict, float)):
             console.print(f"{key}: {value}", markup=False, soft_wrap=True)
-    for key, value in values.items():
-        console.print(f"-> {key}: {value}", markup=False, soft_wrap=True)
-    keys = ("prompt_tokens", "cached_tokens", "computed_tokens", "completion_tokens")
+    for result in results:
+        console.print(f"-> {result}: {ended[result]}", markup=False, soft_wrap=True)
+    cost = ended.cost
     table = Table("generations", "prompt tokens", "from KV", "computed", "generated", "seconds")
-    sums = (str(sum(meta[key] for meta in backend.metas)) for key in keys)
-    table.add_row(str(len(backend.metas)), *sums, f"{seconds:.2f}")
+    sums = (cost.generations, cost.prompt, cost.cached, cost.computed, cost.generated)
+    table.add_row(*map(str, sums), f"{seconds:.2f}")
     console.print(table)

@@ -53,6 +53,7 @@ class Sequence:
         self.id = id
         # What the fork that made this sequence took: how much of the history was cached, how much computed.
         self.origin = m.Usage()
+        self.computed = 0  # tokens that calls on it have run, generations apart
         self._closed = False
 
     def __enter__(self) -> Self:
@@ -111,13 +112,15 @@ class Sequence:
             raise
         for child in children:
             child.origin = done.usage
+        self.computed += done.usage.computed
         return children
 
     async def compute(self, deadline: float | None = None) -> None:
         """Run what was appended now, so that later calls need not."""
         self._check_open()
         at = absolute(deadline)
-        await self.engine.result(lambda call: m.Fork(call, self.id, [], at))
+        done = await self.engine.result(lambda call: m.Fork(call, self.id, [], at))
+        self.computed += done.usage.computed
 
     async def append_scored(
         self, tokens: Seq[int], top: int = 0, deadline: float | None = None
@@ -128,7 +131,9 @@ class Sequence:
         if type(top) is not int or not 0 <= top <= MAX_TOP_LOGPROBS:
             raise errors.RequestError("top", top, f"not in 0..{MAX_TOP_LOGPROBS}")
         at = absolute(deadline)
-        return (await self.engine.result(lambda call: m.Score(call, self.id, ids, top, at))).logprobs
+        done = await self.engine.result(lambda call: m.Score(call, self.id, ids, top, at))
+        self.computed += done.usage.computed
+        return done.logprobs
 
     async def score(
         self, continuations: Seq[Seq[int]], top: int = 0, deadline: float | None = None
@@ -146,6 +151,7 @@ class Sequence:
                 out += await asyncio.gather(*scored)
             finally:
                 for child in children:
+                    self.computed += child.computed
                     child.close()
         return out
 

@@ -123,7 +123,7 @@ def at_once(s: Any) -> None:
 def test_11_a_fork_shares_what_was_said_just_before_it() -> None:
     ended = run(at_once)
     prompt = len(("A story of a weaver, a loom and a thread that was too long for its bobbin. " * 3).encode()) + 1
-    assert ended.cost.computed < prompt + 4 * 12  # once, and what each child adds
+    assert prompt <= ended.cost.computed < prompt + 4 * 12  # once, and what each child adds
     assert ended.cost.generations == 4
 
 

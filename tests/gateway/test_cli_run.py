@@ -10,7 +10,8 @@ import pytest
 
 from support.cli import Cli, checkpoint
 from support.programs import guarded
-from weft.gateway.cli.run import Board, Line
+from weft.backend.executor import Piece
+from weft.gateway.cli.run import Board
 
 PROGRAMS = """
 import sglang as sgl
@@ -86,7 +87,7 @@ def test_variables_as_they_come_add_up_to_the_text(weft: Cli) -> None:
 
 def test_forks_selects_and_several_at_once(weft: Cli) -> None:
     assert weft(*command("forks", "--stream")) == 0
-    names = ["part[0]: ", "part[1]: ", "aside[0]: ", "choice: ", "several: 0: ", "\n1: "]
+    names = ["part[0]: ", "part[1]: ", "aside[2]: ", "choice: ", "several: ", "several 1: "]
     assert all(weft.out.count(name) == 1 for name in names)
     first, second = (weft.out.split(f"part[{i}]: ")[1] for i in range(2))
     assert first[:3] == second[:3]  # greedy, so both say the same
@@ -100,10 +101,10 @@ def test_arguments_of_run_itself(weft: Cli) -> None:
             assert weft(*command("free", "temperature=0", f"max_new_tokens={limit}", *stream)) == 0
             lengths.append(len(weft.out))
         assert lengths[0] < lengths[1]
-    assert weft.fails(*command("two")) == "arguments = '': missing a required argument: 'topic'"
-    assert weft.fails(*command("two", "topic=a", "mood=b")).startswith("arguments = 'topic mood': got an unexp")
+    assert weft.fails(*command("two")) == "arguments = '': two: missing a required argument: 'topic'"
+    assert weft.fails(*command("two", "topic=a", "mood=b")) == "mood = 'b': two has no such argument"
     assert weft.fails(*command("two", "topic")) == "arguments = 'topic': must be key=value"
-    assert weft.fails(*command("two", "topic=a", "backend=b")).startswith("arguments = 'backend'")
+    assert weft.fails(*command("two", "topic=a", "backend=b")).startswith("backend = 'b'")
     assert weft.fails("run", "nosuch:program", "--model", checkpoint()).startswith("program = 'nosuch:program'")
 
 
@@ -113,8 +114,12 @@ def test_errors_reach_the_caller(weft: Cli, stream: list[str]) -> None:
         return guarded(lambda: weft.fails(*command(program, *stream)))
 
     before = set(threading.enumerate())
-    for program in ("refused", "refused_fork", "asks"):
-        assert failing(program) == "top_p = 3.0: must be in (0, 1]"
+    for program, origin in (
+        ("refused", "variable 'bad'"),
+        ("refused_fork", "state /0, variable 'x'"),
+        ("asks", "variable 'x'"),
+    ):
+        assert failing(program) == f"{program}, {origin}: RequestError: top_p = 3.0: must be in (0, 1]"
     assert failing("raises") == "cli_programs:raises: ValueError('of its own')"
     assert set(threading.enumerate()) <= before, "a worker was left behind"
 
@@ -123,27 +128,18 @@ def test_a_board_prints_one_line_at_a_time() -> None:
     printed: list[str] = []
     board = Board(printed.append)
 
-    def shown() -> str:
-        text = "".join(printed)
+    def shown(name: str, text: str, *, ends: bool = False) -> str:
+        """What is printed when this comes."""
+        board.add(Piece("", name, text, {"finish_reason": "stop" if ends else None}))
+        out = "".join(printed)
         printed.clear()
-        return text
+        return out
 
-    a = board.begin("a")
-    assert shown() == "a: "
-    b, c = board.begin("b"), board.begin("c")
-    c.add("3")
-    b.add("2")
-    assert shown() == ""
-    a.add("1")
-    assert shown() == "1"
-    c.end()
-    b.add("2")
-    a.add("1")
-    a.end()
-    assert shown() == "1\nb: 22"
-    b.add("2")
-    assert shown() == "2"
-    b.end()
-    assert shown() == "\nc: 3\n"
-    Line(board, "").add("unknown lines do no harm")
-    assert shown() == ""
+    assert shown("a", "") == "a: "
+    assert shown("b", "") == shown("c", "3") == shown("b", "2") == ""
+    assert shown("a", "1") == "1"
+    assert shown("c", "", ends=True) == shown("b", "2") == ""
+    assert shown("a", "1", ends=True) == "1\nb: 22"
+    assert shown("b", "2") == "2"
+    assert shown("b", "", ends=True) == "\nc: 3\n"
+    assert shown("b", "again", ends=True) == "b: again\n"
