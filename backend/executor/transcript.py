@@ -240,8 +240,9 @@ class Transcript:
         raise AssertionError("a generation ends with Done or an exception")
 
     def _lost(self, attempt: int) -> None:
-        """The core died, and the sequence with it; raises what is being handled if that happened too often."""
-        self._held = None
+        """The core died, and the sequence with it, unless the next one hears of it; raises what is being handled
+        if that happened too often."""
+        self._let_go()
         if attempt == _ATTEMPTS - 1:
             raise
 
