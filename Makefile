@@ -8,6 +8,7 @@ PIP    := $(BIN)/pip --disable-pip-version-check -q
 # A full install also serves the demo; only a bare machine takes the light one.
 DEMO   := $(if $(wildcard $(VENV)/test.stamp),$(VENV)/test.stamp,$(VENV)/base.stamp)
 SGLANG := sglang-0.5.23
+INSTRUCTOR := instructor-1.17.0
 FRONT  := __init__.py _version.py version.py utils.py lang \
           srt/environ.py srt/parser srt/function_call srt/entrypoints/openai
 
@@ -23,10 +24,10 @@ help: ## list the verbs
 demo: $(DEMO) ## run a forking multi-turn program on the embedded model
 	@$(BIN)/weft demo
 
-test: $(VENV)/test.stamp $(VENV)/$(SGLANG).stamp ## run the fast tests (ARGS="-k cache" narrows)
+test: $(VENV)/test.stamp $(VENV)/$(SGLANG).stamp $(VENV)/$(INSTRUCTOR).stamp ## run the fast tests (ARGS="-k cache" narrows)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not slow" $(ARGS)
 
-test-slow: $(VENV)/test.stamp $(VENV)/$(SGLANG).stamp ## run the tests that take long
+test-slow: $(VENV)/test.stamp $(VENV)/$(SGLANG).stamp $(VENV)/$(INSTRUCTOR).stamp ## run the tests that take long
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m slow $(ARGS)
 
 lint: $(VENV)/test.stamp .typing docs ## ruff, formatting, types, links
@@ -64,6 +65,11 @@ $(VENV)/$(SGLANG).stamp: | $(BIN)/pip
 	mkdir -p $(VENV)/$(SGLANG)
 	tar -C $(VENV)/sglang-full -cf - $(addprefix sglang/,$(FRONT)) | tar -C $(VENV)/$(SGLANG) -xf -
 	rm -rf $(VENV)/sglang-full
+	@touch $@
+
+# Beside the others too: it asks for a jiter that the pinned openai does not take.
+$(VENV)/$(INSTRUCTOR).stamp: | $(BIN)/pip
+	$(PIP) install --no-deps --no-compile --target $(VENV)/$(INSTRUCTOR) $(subst -,==,$(INSTRUCTOR))
 	@touch $@
 
 # mypy cannot see packages behind an import hook, so it reads this farm of links to the folders.

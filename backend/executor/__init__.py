@@ -2,7 +2,7 @@
 
 from weft.backend.executor.admission import Need, declare
 from weft.backend.executor.attempts import Attempts
-from weft.backend.executor.base import Cost, Limits, Piece, Price, ProgramError
+from weft.backend.executor.base import Cost, Limits, Piece, Price, ProgramError, Took
 from weft.backend.executor.branches import Branch
 from weft.backend.executor.executor import ProgramExecutor, Run
 from weft.backend.executor.stalls import Stall
@@ -24,6 +24,7 @@ __all__ = [
     "Run",
     "Stall",
     "State",
+    "Took",
     "Tool",
     "ToolError",
     "Toolbox",

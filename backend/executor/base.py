@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from weft.backend.template import DeepSeekV4Template
 from weft.runtime.engine import messages as m
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 _LEAST = 1e-9  # of a cost
+TookKind = Literal["gen", "select", "fork", "compute", "tool"]
 
 
 class ProgramError(WeftError):
@@ -55,6 +56,17 @@ class Piece:
     text: str
     meta: dict[str, Any] | None
     index: int = 0
+
+
+@dataclass(frozen=True)
+class Took:
+    """What one primitive took: gen, select, fork, compute or tool, by the state's path and its variable or tool.
+    Of a tool only the time is known."""
+
+    kind: TookKind
+    path: str
+    name: str | None
+    usage: m.Usage
 
 
 @dataclass(frozen=True)
@@ -146,6 +158,7 @@ class Ground:
     gates: Gates
     tally: Tally
     emit: Callable[[Piece], None] | None  # if somebody listens
+    told: Callable[[Took], None] | None = None
     namespace: str = ""
 
 
@@ -223,6 +236,11 @@ class Scope:
         while scope is not None:
             scope.cost.add(usage)
             scope = scope.parent
+
+    def tell(self, kind: TookKind, path: str, name: str | None, usage: m.Usage) -> None:
+        """A primitive has ended."""
+        if self.ground.told is not None:
+            self.ground.told(Took(kind, path, name, usage))
 
     def check_spent(self) -> None:
         """That something is left to spend."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import copy
 import inspect
 import threading
 import time
@@ -30,6 +31,7 @@ from weft.backend.executor.base import (
     ProgramError,
     Scope,
     Tally,
+    Took,
 )
 from weft.backend.executor.branches import run_body
 from weft.backend.executor.greenlets import spawn
@@ -128,6 +130,24 @@ class ProgramExecutor:
             if not task.cancelled():
                 task.exception()  # if it failed, whoever left early does not care
 
+    async def follow(
+        self,
+        program: Any,
+        arguments: Mapping[str, Any],
+        *,
+        within: Limits = UNLIMITED,
+        emit: Callable[[Piece], None] | None = None,
+        told: Callable[[Took], None] | None = None,
+    ) -> Run:
+        """`run`, with the pieces of its variables, and what each primitive took, told as they come."""
+        return await self._run(program, (), dict(arguments), within, emit, told=told)
+
+    def of(self, namespace: str) -> ProgramExecutor:
+        """One that shares this one's room and threads, with KV of another namespace. Not to be closed."""
+        other = copy.copy(self)
+        other._namespace = namespace
+        return other
+
     async def batch(
         self,
         program: Any,
@@ -172,6 +192,7 @@ class ProgramExecutor:
         within: Limits,
         emit: Callable[[Piece], None] | None,
         patient: bool = False,
+        told: Callable[[Took], None] | None = None,
     ) -> Run:
         own, defaults = _split(program, args, kwargs)
         async with AsyncExitStack() as stack:
@@ -180,7 +201,7 @@ class ProgramExecutor:
                 need = self._admission.traced(program)
             if need is not None:
                 await stack.enter_async_context(self._admission.enter(need, None if patient else self._patience))
-            ground = self._ground(program, defaults, emit)
+            ground = self._ground(program, defaults, emit, told)
             scope = Scope(ground, within)
             state = State(Lane(scope, Transcript(self.engine, ground.gates, self._namespace)))
             try:
@@ -206,7 +227,13 @@ class ProgramExecutor:
                 raise DeadlineExceeded(f"{ground.program}: the run's deadline has passed") from error
             raise  # the program's own
 
-    def _ground(self, program: Any, defaults: Any, emit: Callable[[Piece], None] | None) -> Ground:
+    def _ground(
+        self,
+        program: Any,
+        defaults: Any,
+        emit: Callable[[Piece], None] | None,
+        told: Callable[[Took], None] | None,
+    ) -> Ground:
         name, loop = program.func.__name__, asyncio.get_running_loop()
         gates = self._gates.get(loop) or self._gates.setdefault(loop, Gates(self.engine))
         return Ground(
@@ -221,6 +248,7 @@ class ProgramExecutor:
             gates=gates,
             tally=Tally(),
             emit=emit,
+            told=told,
             namespace=self._namespace,
         )
 

@@ -83,6 +83,7 @@ async def _complete(
 
     done = await transcript.generate(request.params, scope.left(), more)
     scope.add(done.usage)
+    scope.tell("gen", lane.path, leaf.name, done.usage)
     report.prompt_tokens = transcript.prompt_tokens
     meta = report.meta(done)
     lane.piece(leaf.name, "", meta, index)
@@ -106,7 +107,8 @@ async def select(lane: Lane, leaf: ir.SglSelect) -> None:
     if not choices or not all(isinstance(choice, str) and choice for choice in choices):
         raise RequestError("choices", choices, "must be non-empty strings")
     engine = lane.ground.engine
-    scored = await lane.transcript.score(choices, lane.scope.left())
+    scored, took = await lane.transcript.score(choices, lane.scope.left())
+    lane.scope.tell("select", lane.path, leaf.name, took)
     entries = [[token_entry(r, lambda id: engine.tokenizer.decode([id])) for r in own] for _, own in scored]
     unconditional = None
     if method.requires_unconditional_logprobs:

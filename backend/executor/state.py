@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from weft.backend.executor.group import Group
 from weft.backend.executor.tools import Tool
 from weft.backend.executor.tools import tool as make_tool
 from weft.backend.executor.turns import Toolbox, Turn, take_turn
+from weft.runtime.engine import messages as m
 from weft.runtime.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -157,7 +159,12 @@ class State:
         """A tool's result. Others go on meanwhile, and this state's KV is leased. Raises `ToolError`."""
         own = tool if isinstance(tool, Tool) else make_tool(tool)
         outside, context = self.lane.ground.outside, contextvars.copy_context()
-        return self.lane.leased(own.patience, lambda: own.run(arguments, outside, context))
+        began = time.monotonic()
+        try:
+            return self.lane.leased(own.patience, lambda: own.run(arguments, outside, context))
+        finally:
+            took = m.Usage(total=time.monotonic() - began)
+            self.lane.scope.tell("tool", self.lane.path, own.name, took)
 
     def turn(
         self,

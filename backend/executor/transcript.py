@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from weft.backend.executor.lane import Lane
 
 _UNSURE = 8  # tokens
+Scored = list[tuple[list[int], list[m.Logprob]]]
 _ATTEMPTS = 3  # at a generation on cores that die
 
 
@@ -127,7 +128,11 @@ class Transcript:
         async with self._turn:
             held = await self._ready(_UNSURE)
         async with self._gates.calls, self._working(held):
+            before = held.computed
             await held.compute(deadline)
+        if self.owner is not None and held.computed > before:
+            took = m.Usage(history=self._sent + len(self._tail), computed=held.computed - before)
+            self.owner.scope.tell("compute", self.owner.path, None, took)
 
     @asynccontextmanager
     async def _working(self, held: Held) -> AsyncIterator[None]:
@@ -257,10 +262,9 @@ class Transcript:
         self._count()
         self._pieces.append(text)
 
-    async def score(
-        self, choices: Sequence[str], deadline: float | None
-    ) -> list[tuple[list[int], list[m.Logprob]]]:
-        """For each choice its tokens, from where the first of them all parts from the text's, and how likely."""
+    async def score(self, choices: Sequence[str], deadline: float | None) -> tuple[Scored, m.Usage]:
+        """For each choice its tokens, from where the first of them all parts from the text's, and how likely; and
+        what that took."""
         for attempt in range(_ATTEMPTS):
             try:
                 return await self._score(choices, deadline)
@@ -268,22 +272,24 @@ class Transcript:
                 self._lost(attempt)
         raise AssertionError("the last attempt returns or raises")
 
-    async def _score(
-        self, choices: Sequence[str], deadline: float | None
-    ) -> list[tuple[list[int], list[m.Logprob]]]:
+    async def _score(self, choices: Sequence[str], deadline: float | None) -> tuple[Scored, m.Usage]:
         held = await self.ready()
         base = len(self._fixed)
         own, known = self._tail, Border(0, base)
         whole = [encoded(self.engine.tokenizer, self._open + c, self._fixed, known)[0][base:] for c in choices]
         start = min(shared(own, tokens) for tokens in whole)
         parts = [tokens[start:] for tokens in whole]
-        async with self._gates.scores:
-            if start == len(own):
-                async with self._working(held):
-                    return list(zip(parts, await held.score(parts, deadline=deadline), strict=True))
-            with self.engine.open([*self._fixed, *own[:start]], namespace=self._namespace) as shorter:
-                async with self._working(shorter):
-                    return list(zip(parts, await shorter.score(parts, deadline=deadline), strict=True))
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self._gates.scores)
+            if start < len(own):
+                held = self.engine.open([*self._fixed, *own[:start]], namespace=self._namespace)
+                stack.callback(held.close)
+            await stack.enter_async_context(self._working(held))
+            before = held.computed
+            found = await held.score(parts, deadline=deadline)
+            history, computed = base + start, held.computed - before
+        cached = history - max(0, computed - sum(map(len, parts)))
+        return list(zip(parts, found, strict=True)), m.Usage(history=history, cached=cached, computed=computed)
 
     def fork(self, count: int) -> list[Transcript]:
         """Others with this history. The engine forks now, behind what it was asked before; they wait for it when
@@ -306,7 +312,10 @@ class Transcript:
             held = await self._ready(until=until)
             sent, tail = self._sent, list(self._tail)
         async with self._gates.calls, self._working(held):
-            return _Forked(await held.fork(count), sent, tail)
+            children = await held.fork(count)
+        if self.owner is not None:
+            self.owner.scope.tell("fork", self.owner.path, None, children[0].origin)
+        return _Forked(children, sent, tail)
 
     def close(self) -> None:
         """Give the KV back. Nothing else can be asked of it then."""

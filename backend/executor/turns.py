@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from weft.backend.executor.leaves import Held, Plain
 from weft.backend.executor.tools import Tool, ToolError, as_text, tool
 from weft.runtime.decoding.params import Grammar
 from weft.runtime.decoding.tool_calls import tool_grammar
+from weft.runtime.engine import messages as m
 from weft.runtime.errors import RequestError
 from weft.runtime.text.chat import tools_text
 from weft.runtime.text.chat_output import Reply, ReplyFormat, ToolCall, parse
@@ -101,6 +103,7 @@ def run_calls(state: State, toolbox: Toolbox, calls: Sequence[ToolCall]) -> list
     outside = lane.ground.outside
 
     async def one(call: ToolCall) -> Result:
+        began = time.monotonic()
         try:
             own = toolbox.tools.get(call.name)
             if own is None:
@@ -109,6 +112,8 @@ def run_calls(state: State, toolbox: Toolbox, calls: Sequence[ToolCall]) -> list
             return Result(call, value, None, as_text(own.name, value))
         except ToolError as error:
             return Result(call, None, error, f"Error: {error.reason}")
+        finally:
+            lane.scope.tell("tool", lane.path, call.name, m.Usage(total=time.monotonic() - began))
 
     async def all_of_them() -> list[Result]:
         return list(await asyncio.gather(*map(one, calls)))

@@ -47,6 +47,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(chat)
     _add_sampling(chat, max_tokens=2048)
 
+    _add_serve(commands.add_parser("serve", help="programs and compatible APIs over HTTP"))
+    key = commands.add_parser("key", help="make an API key: prints the line for weft serve --api-keys FILE")
+    key.add_argument("name", help="whose it is; also the namespace of its KV")
+    key.add_argument("--admin", action="store_true", help="may flush, and end what others run")
+
     info = commands.add_parser("info", help="sizes of a preset (flash, pro, tiny) or of a checkpoint")
     info.add_argument("model", help="preset, or folder with config.json")
 
@@ -83,6 +88,32 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="embedded", metavar="DIR", help=about)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--quant-sim", action="store_true", help="round KV as the released model does")
+
+
+def _add_serve(serve: argparse.ArgumentParser) -> None:
+    add = serve.add_argument
+    add("--host", default="127.0.0.1", help="default %(default)s; one that others can reach needs --api-keys")
+    add("--port", type=int, default=30000, help="default %(default)s; 0 takes a free one")
+    add(
+        "--programs",
+        action="append",
+        default=[],
+        metavar="MODULE[:NAME][@TAG]",
+        help="programs and tools to serve",
+    )
+    add("--api-keys", metavar="FILE", help="lines that `weft key` prints")
+    add("--name", action="append", metavar="NAME", help="what clients call the model; * for anything")
+    add("--thinking", action="store_true", help="turns think unless a request says otherwise")
+    add("--queue", type=int, default=1024, metavar="N", help="requests under way at most, waiting ones included")
+    add("--share", type=float, default=1.0, metavar="F", help="of the queue, for one key at most; default all")
+    add("--drain", type=float, default=30.0, metavar="S", help="seconds for what is under way at the end")
+    add("--keepalive", type=float, default=10.0, metavar="S", help="of silence in a stream before a comment")
+    add("--slots", type=int, metavar="N", help="sequences with KV at one time")
+    add("--kv-tokens", type=int, metavar="N", help="tokens of history over all sequences")
+    add("--context", type=int, metavar="N", help="tokens of the longest history")
+    add("--drafts", type=int, default=1, metavar="N", help="tokens the MTP block may guess per step, 0 to 7")
+    add("--threads", type=int, metavar="N", help="of the engine's process")
+    _add_model(serve)
 
 
 def _add_sampling(parser: argparse.ArgumentParser, max_tokens: int) -> None:

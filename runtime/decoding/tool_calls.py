@@ -48,11 +48,12 @@ def tool_grammar(
     thinking: bool = False,
     opened: bool = False,
     parallel: bool = True,
+    answer: str | None = None,
 ) -> Grammar | None:
     """What holds a reply to `tools` and `choice`, as `text.chat.render` takes them; None if nothing does.
 
     thinking: reasoning comes first. opened: the prompt has opened the block of calls. parallel: several calls may
-    be made.
+    be made. answer: with choice auto, a JSON schema that a reply is held to which calls nothing.
     """
     if choice == "none":
         return Grammar("no_tool_calls", "", thinking, optional=True)
@@ -63,8 +64,8 @@ def tool_grammar(
     if not functions:
         return None
     kept = [{key: f[key] for key in ("name", "parameters", "strict") if key in f} for f in functions]
-    text = json.dumps({"functions": kept, "opened": opened, "parallel": parallel})
-    return Grammar("tool_calls", text, thinking, optional=choice == "auto")
+    text = json.dumps({"functions": kept, "opened": opened, "parallel": parallel, "answer": answer})
+    return Grammar("tool_calls", text, thinking, optional=choice == "auto" and answer is None)
 
 
 def lark_of(grammar: Grammar, dsml: int) -> str:
@@ -72,7 +73,7 @@ def lark_of(grammar: Grammar, dsml: int) -> str:
     dsml: the token's id."""
     asked = json.loads(grammar.text)
     rules = _Rules(f"<[{dsml}]>")
-    return rules.all(asked["functions"], grammar.optional, asked["opened"], asked["parallel"])
+    return rules.all(asked["functions"], grammar.optional, asked["opened"], asked["parallel"], asked.get("answer"))
 
 
 class _Rules:
@@ -82,11 +83,22 @@ class _Rules:
         self._mark = mark
         self._lines: list[str] = []
 
-    def all(self, functions: Sequence[Mapping[str, Any]], marked: bool, opened: bool, parallel: bool) -> str:
+    def all(
+        self,
+        functions: Sequence[Mapping[str, Any]],
+        marked: bool,
+        opened: bool,
+        parallel: bool,
+        answer: str | None,
+    ) -> str:
         """marked: the first DSML token was drawn."""
         begin = "" if opened else _text("tool_calls>\n") if marked else self._tag("\n\n<", "tool_calls>\n")
         more = f"({_NEXT} call)*" if parallel else ""
-        self._lines.append(f"start: {begin} {_FIRST} call {more} {self._tag(_END, 'tool_calls>')}")
+        block = f"{begin} {_FIRST} call {more} {self._tag(_END, 'tool_calls>')}"
+        if answer is not None:
+            schema: dict[str, Any] = {"false": {"enum": []}, "true": {}}.get(answer) or json.loads(answer)
+            block += f" | %json {json.dumps({**schema, 'x-guidance': JSON_FORM})}"
+        self._lines.append(f"start: {block}")
         calls = [self._call(function) for function in functions]
         self._lines.append(f"call: {' | '.join(calls)}")
         return "\n".join(self._lines)

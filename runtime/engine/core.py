@@ -88,6 +88,9 @@ class Core:
             case m.Explain(call, tokens, namespace):
                 explained = self.memory.explain(tokens, namespace)
                 self.emit(m.Done(call=call, usage=m.Usage(), length=len(tokens), explained=explained))
+            case m.Look(call):
+                stats = self.memory.stats(len(self.calls))
+                self.emit(m.Done(call=call, usage=m.Usage(), length=0, stats=stats))
             case m.Pin(sequence, until):
                 if sequence in self.sequences:
                     self.sequences[sequence].pinned = until

@@ -55,13 +55,15 @@ class Engine:
     ) -> None:
         """source: a model in memory (with its tokenizer), or a checkpoint folder: weights in either layout,
         config.json and tokenizer.json. process: run the core in a process of its own; needs a folder.
-        progress: called with (bytes done, bytes in all, shard) while a thread's model loads."""
+        progress: called with (bytes done, bytes in all, shard) while the model loads; of a process,
+        from a thread."""
         self.config = config or EngineConfig()
         self._ids = itertools.count(1)
-        self._calls: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Queue[m.Event]]] = {}
+        self._calls: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Queue[m.Answer]]] = {}
         self._lock = threading.Lock()
         self._death: errors.EngineDead | None = None
         self._closed = False
+        self._progress = progress
         if isinstance(source, (str, Path)):
             source = Path(source)
             if process and tokenizer is not None:
@@ -150,6 +152,17 @@ class Engine:
         assert done.explained is not None
         return done.explained
 
+    async def stats(self) -> m.Stats:
+        """How full it is."""
+        done = await self.result(lambda call: m.Look(call))
+        assert done.stats is not None
+        return done.stats
+
+    @property
+    def dead(self) -> bool:
+        """Whether its core has died for good."""
+        return self._death is not None
+
     def flush(self) -> None:
         """Forget the KV of histories that are not open. Costs time only: results stay the same."""
         self.post(m.Flush())
@@ -224,7 +237,7 @@ class Engine:
         """Send a call and yield its events up to Done; leaving early cancels it."""
         number = self.new_id()
         message = make(number)
-        events: asyncio.Queue[m.Event] = asyncio.Queue()
+        events: asyncio.Queue[m.Answer] = asyncio.Queue()
         with self._lock:
             self._calls[number] = (asyncio.get_running_loop(), events)
         finished = False
@@ -253,6 +266,10 @@ class Engine:
 
     def _deliver(self, event: m.Event) -> None:
         """Hand an event to the loop that waits for it."""
+        if isinstance(event, m.Loading):
+            if self._progress is not None:
+                self._progress(event.done, event.total, event.shard)
+            return
         with self._lock:
             waiting = self._calls.get(event.call)
         if waiting is None:
@@ -278,7 +295,7 @@ class Engine:
             self._deliver(m.Failed(call, kind, reason))
 
 
-async def _before(deadline: float | None, events: asyncio.Queue[m.Event]) -> m.Event:
+async def _before(deadline: float | None, events: asyncio.Queue[m.Answer]) -> m.Answer:
     """The next event. The core ends a call at its deadline, but not while it is being replaced."""
     if deadline is None:
         return await events.get()

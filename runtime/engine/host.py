@@ -78,6 +78,10 @@ def serve(pipe: Connection, path: Path, config: EngineConfig) -> None:
         except EOFError:  # nobody is left who could ask for anything
             return m.Stop()
 
-    model = load_model(path, config)
+    def progress(done: int, total: int, shard: str) -> None:
+        events.append(m.Loading(done, total, shard))
+        flush()
+
+    model = load_model(path, config, progress)
     run_core(core_maker(model, Tokenizer.load(path), config)(events.append), receive)
     flush()

@@ -89,6 +89,12 @@ class Explain(msgspec.Struct, frozen=True, tag=True):
     namespace: str = ""
 
 
+class Look(msgspec.Struct, frozen=True, tag=True):
+    """Say how full the core is."""
+
+    call: int
+
+
 class Flush(msgspec.Struct, frozen=True, tag=True):
     """Forget what is known of histories that are not open."""
 
@@ -109,7 +115,7 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
     """End the core."""
 
 
-Call = Truncate | Fork | Generate | Score | Explain  # ends with `Done` or `Failed`
+Call = Truncate | Fork | Generate | Score | Explain | Look  # ends with `Done` or `Failed`
 Request = Open | Extend | Pin | Flush | Call | Cancel | Close | Stop
 
 # -- core to front ----------------------------------------------------------------------------------------
@@ -168,6 +174,24 @@ class Explained(msgspec.Struct, frozen=True, kw_only=True):
     others: list[int] = []
 
 
+class Stats(msgspec.Struct, frozen=True, kw_only=True):
+    """How full a core is. calls: under way; slots: of sequences with KV, of `slots_in_all`. usage: of the pages of
+    entries, the share that is taken, by what nobody has open too."""
+
+    calls: int
+    slots: int
+    slots_in_all: int
+    usage: float
+
+
+class Loading(msgspec.Struct, frozen=True, tag=True):
+    """A core's process reads its checkpoint: so many bytes of so many, now of this shard."""
+
+    done: int
+    total: int
+    shard: str
+
+
 class Delta(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """New tokens of a generation. `text` never holds half a character nor part of a stop."""
 
@@ -192,6 +216,7 @@ class Done(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     kept: int = 0
     logprobs: list[Logprob] = []
     explained: Explained | None = None
+    stats: Stats | None = None
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -204,4 +229,5 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     value: Any = None
 
 
-Event = Delta | Done | Failed
+Answer = Delta | Done | Failed  # of a call
+Event = Answer | Loading

@@ -90,6 +90,17 @@ class Memory:
             others=others,
         )
 
+    def stats(self, calls: int) -> m.Stats:
+        pages = [own for kind, own in self.pools.allocators.items() if kind != "window"]
+        total = sum(own.total for own in pages)
+        slots = self.pools.sizes.slots
+        return m.Stats(
+            calls=calls,
+            slots=slots - self.pools.free_slots,
+            slots_in_all=slots,
+            usage=1 - sum(own.free for own in pages) / total,
+        )
+
     def begin(self, call: Call) -> bool:
         """Give the call's sequence a state, as far on as is known; False if there is no slot."""
         if not self.pools.free_slots:

@@ -1,0 +1,1 @@
+"""Assistant turns on an engine, whatever API asked for them."""

@@ -1,0 +1,1 @@
+"""Programs over HTTP: registered ones, and inline ones in JSON."""

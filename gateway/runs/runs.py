@@ -1,0 +1,219 @@
+"""Runs: made by the executor, told of as they are made, kept when they have ended."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from sglang.lang.ir import SglFunction
+
+from weft.backend.executor import Limits, Piece, ProgramError, ProgramExecutor, Run, Took
+from weft.gateway.chat.base import receipt
+from weft.gateway.http.errors import HttpError, fault
+from weft.gateway.http.keys import Caller
+from weft.gateway.http.state import State
+from weft.gateway.runs.registry import Registry
+from weft.gateway.runs.types import RunError, RunEvent, RunInfo, RunOptions, RunReceipt
+from weft.runtime.errors import BudgetExceeded, DeadlineExceeded, RequestError, WeftError
+
+_EVENTS = 1 << 14  # of a run that are kept; a piece joins the one before it beyond
+
+
+@dataclass(eq=False)
+class Kept:
+    """A run and its events. Owned by the key that made it."""
+
+    info: RunInfo
+    owner: str
+    background: bool
+    events: list[RunEvent] = field(default_factory=list)
+    task: asyncio.Task[Any] | None = None
+    ended: bool = False
+    size: int = 2048
+    _more: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def tell(self, event: RunEvent) -> None:
+        event.id = len(self.events)
+        self.events.append(event)
+        self.size += 128 + len(event.text or "")
+        self._wake()
+
+    def end(self) -> None:
+        self.ended = True
+        self.size += len(msgspec.json.encode(self.info))
+        self.tell(RunEvent(type="ended", run=self.info))
+
+    async def follow(self, start: int) -> AsyncIterator[RunEvent]:
+        """Events from this one on, until the last."""
+        while True:
+            while start < len(self.events):
+                yield self.events[start]
+                start += 1
+            if self.ended:
+                return
+            await self._more.wait()
+
+    async def cancel(self) -> None:
+        if self.task is not None and not self.task.done():
+            self.task.cancel()
+            await asyncio.wait({self.task})
+
+    def _wake(self) -> None:
+        self._more.set()
+        self._more = asyncio.Event()
+
+
+class Runs:
+    """Of one server. Also what its programs are run by."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self.registry = Registry(state.config.programs)
+        self._executor = ProgramExecutor(state.engine, thinking=state.config.thinking)
+        self._kept: OrderedDict[str, Kept] = OrderedDict()
+
+    def close(self) -> None:
+        self._executor.close()
+
+    def __iter__(self) -> Any:
+        return reversed(self._kept.values())
+
+    def find(self, caller: Caller, id: str) -> Kept:
+        kept = self._kept.get(id)
+        if kept is None or kept.owner != caller.key:
+            raise HttpError(404, f"there is no run {id[:80]!r}", code="run_not_found")
+        return kept
+
+    def begin(self, caller: Caller, name: str, tag: str, hash: str, asked: RunOptions) -> Kept:
+        info = RunInfo(
+            id=f"run_{secrets.token_hex(16)}",
+            program=name,
+            tag=tag,
+            hash=hash,
+            status="queued",
+            created_at=time.time(),
+            metadata=asked.metadata,
+        )
+        kept = Kept(info, caller.key, asked.background)
+        self._kept[info.id] = kept
+        bounds = self._state.config.bounds
+        size = sum(own.size for own in self._kept.values()) if len(self._kept) % 64 == 0 else 0
+        for id, own in list(self._kept.items()):
+            if len(self._kept) <= bounds.kept and size <= bounds.kept_bytes:
+                break
+            if own.ended:
+                size -= own.size
+                del self._kept[id]
+        return kept
+
+    def forget(self, kept: Kept) -> None:
+        self._kept.pop(kept.info.id, None)
+
+    async def make(
+        self, kept: Kept, program: SglFunction, arguments: Mapping[str, Any], asked: RunOptions, namespace: str
+    ) -> None:
+        """To its end, whatever that is; what it is then stands in `kept.info`. Raises only for a run that was
+        never begun (`Overloaded`, `RequestError`), or when it is cancelled."""
+        info = kept.info
+        info.status = "running"
+        kept.tell(RunEvent(type="started", run=msgspec.structs.replace(info)))
+        limits = Limits(seconds=asked.limits.seconds, tokens=asked.limits.tokens)
+        given = {**_sampling(asked), **arguments}
+        try:
+            run = await self._executor.of(namespace).follow(
+                program, given, within=limits, emit=_piece_to(kept), told=self._took_to(kept)
+            )
+            _completed(info, run)
+        except asyncio.CancelledError:
+            info.status = "cancelled"
+            raise
+        except Exception as error:
+            info.status, info.error = "failed", _error(error)
+            if not info.usage.receipts and isinstance(error, WeftError) and not _of_program(error):
+                self.forget(kept)
+                raise
+        finally:
+            info.ended_at = time.time()
+            kept.end()
+
+    def _took_to(self, kept: Kept) -> Any:
+        usage = kept.info.usage
+
+        def told(took: Took) -> None:
+            if took.kind == "tool":
+                usage.tools += 1
+                own = RunReceipt(kind="tool", path=took.path, name=took.name, seconds=took.usage.total)
+            else:
+                costs = receipt(took.usage)
+                own = RunReceipt(kind=took.kind, path=took.path, name=took.name, took=costs)
+                usage.replayed_tokens += costs.replayed
+                usage.computed_tokens += costs.computed
+                usage.copied_bytes += costs.copied_bytes
+                if took.kind == "gen":
+                    usage.generations += 1
+                    usage.prompt_tokens += costs.prompt
+                    usage.cached_tokens += costs.cached
+                    usage.generated_tokens += costs.generated
+                    usage.seconds += costs.total
+                    self._state.metrics.generated(costs)
+            usage.receipts.append(own)
+            kept.tell(RunEvent(type="receipt", receipt=own))
+
+        return told
+
+
+def _sampling(asked: RunOptions) -> dict[str, Any]:
+    return {k: v for k, v in msgspec.to_builtins(asked.sampling).items() if v is not None}
+
+
+def _piece_to(kept: Kept) -> Any:
+    def emit(piece: Piece) -> None:
+        if not piece.text:
+            return
+        last = kept.events[-1]
+        if (
+            len(kept.events) >= _EVENTS
+            and last.type == "piece"
+            and (last.path, last.variable, last.index) == (piece.path, piece.variable, piece.index)
+        ):
+            last.text = (last.text or "") + piece.text
+            return
+        kept.tell(
+            RunEvent(type="piece", path=piece.path, variable=piece.variable, index=piece.index, text=piece.text)
+        )
+
+    return emit
+
+
+def _completed(info: RunInfo, run: Run) -> None:
+    info.status = "completed"
+    info.variables = {name: as_json(value) for name, value in run.state.lane.variables.items()}
+    info.value, info.text = as_json(run.value), run.text()
+
+
+def _of_program(error: WeftError) -> bool:
+    return isinstance(error, ProgramError | DeadlineExceeded | BudgetExceeded)
+
+
+def _error(error: Exception) -> RunError:
+    if isinstance(error, ProgramError):
+        cause = error.__cause__ or error
+        return RunError(type=type(cause).__name__, message=str(error), path=error.path, variable=error.variable)
+    if isinstance(error, WeftError):
+        return RunError(type=type(error).__name__, message=fault(error).message)
+    # The program's own code: the operator's, who may say what he likes.
+    return RunError(type=type(error).__name__, message=str(error))
+
+
+def as_json(value: Any) -> Any:
+    """The value if it is JSON; what cannot be is told by its type and text."""
+    try:
+        return msgspec.to_builtins(value, str_keys=True)
+    except (TypeError, ValueError, RequestError):
+        return {"type": type(value).__name__, "text": repr(value)[:1000]}
