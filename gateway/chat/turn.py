@@ -10,19 +10,20 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import msgspec
 
 from weft.gateway.chat.base import Ended, Part, Prepared, Receipt, TurnRequest, receipt
 from weft.gateway.chat.drawing import Drawn, Keeper, Lease, draw, merged
-from weft.gateway.chat.replay import Replay
+from weft.gateway.chat.replay import Replay, text_of
 from weft.runtime.decoding.params import Grammar
 from weft.runtime.decoding.tool_calls import tool_grammar
 from weft.runtime.engine import messages as m
 from weft.runtime.engine.front import Engine
 from weft.runtime.engine.handle import Sequence
 from weft.runtime.errors import ContextLengthError, RequestError, UnsupportedError
-from weft.runtime.text.chat import generation_of, render
+from weft.runtime.text.chat import format_text, generation_of, render
 from weft.runtime.text.chat_output import ReplyDelta, ReplyParser
 from weft.runtime.text.tokens import THINK_END
 from weft.runtime.text.turns import turn_cuts
@@ -52,14 +53,18 @@ class Turns:
         if request.max_tokens is not None and request.max_tokens < 1:
             raise RequestError("max_tokens", request.max_tokens, "must be at least 1")
         messages, drawn = self.replay.apply(request.namespace, request.messages)
+        form, shown = request.response_format, messages
+        if form is not None and request.tools:
+            shown = _told(messages, format_text(form))
+            form = None
         prompt = render(
             engine.tokenizer,
-            messages,
+            shown,
             thinking=request.thinking,
             effort=request.effort if request.thinking else None,
             tools=request.tools,
             tool_choice=request.tool_choice,
-            response_format=request.response_format,
+            response_format=form,
             generation=generation_of(engine.model_config),
             drawn=drawn,
         )
@@ -162,6 +167,14 @@ class _Found:
         self.tokens += delta.tokens
         self.text.append(delta.text)
         self.logprobs += delta.logprobs
+
+
+def _told(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    """The messages with more for the model to know before all others."""
+    first = messages[0] if messages and messages[0].get("role") == "system" else None
+    if first is None:
+        return [{"role": "system", "content": text}, *messages]
+    return [{**first, "content": text_of(first["content"]) + text}, *messages[1:]]
 
 
 def _grammar(request: TurnRequest, opened: bool) -> Grammar | None:

@@ -84,8 +84,20 @@ def render(
 
 def tools_text(tools: Sequence[Mapping[str, Any]]) -> str:
     """What the layout tells the model about tools, to stand where a system text does."""
-    asked = [{"role": "user", "content": ""}]
-    request = convert(asked, thinking=False, effort=None, tools=tools, tool_choice="auto", response_format=None)
+    return _system_text(tools, None)
+
+
+def format_text(response_format: Mapping[str, Any]) -> str:
+    """What the layout tells the model about the form of replies, to stand where a system text does. The layout has
+    no place for it beside tools."""
+    return _system_text((), response_format)
+
+
+def _system_text(tools: Sequence[Mapping[str, Any]], response_format: Mapping[str, Any] | None) -> str:
+    asked = [{"role": "user", "content": "json"}]
+    request = convert(
+        asked, thinking=False, effort=None, tools=tools, tool_choice="auto", response_format=response_format
+    )
     text: str = _ENCODING.render_conversation(request.conversation).prompt
     return text[: text.index(USER)].removeprefix(BOS)
 
