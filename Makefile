@@ -9,7 +9,7 @@ PIP    := $(BIN)/pip --disable-pip-version-check -q
 DEMO   := $(if $(wildcard $(VENV)/test.stamp),$(VENV)/test.stamp,$(VENV)/base.stamp)
 SGLANG := sglang-0.5.23
 INSTRUCTOR := instructor-1.17.0
-FRONT  := __init__.py _version.py version.py utils.py lang \
+FRONT  := __init__.py _version.py version.py utils.py lang benchmark srt/utils/network.py \
           srt/environ.py srt/parser srt/function_call srt/entrypoints/openai
 
 SHELL       := bash
@@ -58,7 +58,7 @@ $(VENV)/test.stamp: pyproject.toml constraints/cpu.txt | $(BIN)/pip
 	@touch $@
 
 # The newest sglang, beside the pinned one, for tests that put it first on sys.path. Only what its
-# front end imports is kept (2 of 222 MB); the rest needs a GPU stack.
+# front end and its load generator import is kept (2 of 222 MB); the rest needs a GPU stack.
 $(VENV)/$(SGLANG).stamp: | $(BIN)/pip
 	rm -rf $(VENV)/$(SGLANG) $(VENV)/sglang-full
 	$(PIP) install --no-deps --no-compile --target $(VENV)/sglang-full $(subst -,==,$(SGLANG))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import secrets
 from contextlib import aclosing
 
+import msgspec
 from aiohttp import web
 
 from weft.gateway.apis.chat_messages import turn_request
-from weft.gateway.apis.common import check_model, logprob_entries, now, usage_of
+from weft.gateway.apis.common import check_model, extension, logprob_entries, now, usage_of
 from weft.gateway.apis.openai_types import (
     ChatChoice,
     ChatChunk,
@@ -35,11 +36,14 @@ async def chat(exchange: Exchange) -> Answer | web.StreamResponse:
     turn = await exchange.state.turns.prepare(turn_request(exchange, asked))
     id, created = f"chatcmpl-{secrets.token_hex(12)}", now()
     if asked.stream:
-        include = asked.stream_options is not None and bool(asked.stream_options.include_usage)
-        return await _stream(exchange, turn, id, created, model, include)
+        return await _stream(exchange, asked, turn, ChatChunk(id=id, created=created, model=model, choices=[]))
     ends = await exchange.state.turns.whole(turn)
     choices = [_choice(exchange, asked, end) for end in ends]
-    return Answer(ChatCompletion(id=id, created=created, model=model, choices=choices, usage=usage_of(ends)))
+    told = usage_of(ends)
+    made = ChatCompletion(
+        id=id, created=created, model=model, choices=choices, usage=told, sglext=extension(asked, told)
+    )
+    return Answer(made)
 
 
 def _choice(exchange: Exchange, asked: ChatRequest, end: Ended) -> ChatChoice:
@@ -57,15 +61,13 @@ def _choice(exchange: Exchange, asked: ChatRequest, end: Ended) -> ChatChoice:
     return ChatChoice(end.index, message, reply.finish_reason, logprobs)
 
 
-async def _stream(
-    exchange: Exchange, turn: Prepared, id: str, created: int, model: str, include_usage: bool
-) -> web.StreamResponse:
+async def _stream(exchange: Exchange, asked: ChatRequest, turn: Prepared, head: ChatChunk) -> web.StreamResponse:
     stream = exchange.stream()
     begun: set[int] = set()
     ends: list[Ended] = []
 
     async def send(choice: ChunkChoice) -> None:
-        await stream.send(ChatChunk(id=id, created=created, model=model, choices=[choice]))
+        await stream.send(msgspec.structs.replace(head, choices=[choice]))
 
     async with aclosing(exchange.state.turns.draw(turn)) as events:
         async for event in events:
@@ -77,9 +79,10 @@ async def _stream(
                 ends.append(event)
                 rest = event.reply.unparsed if event.reply.finish_reason == "stop" else ""
                 await send(ChunkChoice(event.index, Delta(content=rest or None), event.reply.finish_reason))
-    if include_usage:
-        last = ChatChunk(id=id, created=created, model=model, choices=[], usage=usage_of(ends))
-        await stream.send(last)
+    told, wanted = usage_of(ends), asked.stream_options is not None and asked.stream_options.include_usage
+    if wanted or asked.return_cached_tokens_details:
+        usage = told if wanted else None
+        await stream.send(msgspec.structs.replace(head, usage=usage, sglext=extension(asked, told)))
     return await stream.done(DONE)
 
 

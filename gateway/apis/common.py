@@ -9,9 +9,11 @@ from typing import Any
 import msgspec
 
 from weft.gateway.apis.openai_types import (
+    CachedDetails,
     Common,
     CompletionDetails,
     PromptDetails,
+    SglExt,
     TokenLogprob,
     TopLogprob,
     Usage,
@@ -27,6 +29,7 @@ from weft.runtime.decoding.params import SamplingParams
 from weft.runtime.engine import messages as m
 from weft.runtime.errors import RequestError
 from weft.runtime.text.tokenizer import Tokenizer
+from weft.runtime.text.tokens import ASSISTANT, THINK_END, THINK_START
 
 _DEFAULTS = SamplingParams()
 
@@ -104,6 +107,12 @@ def usage(receipts: Sequence[Receipt], reasoning: int = 0) -> Usage:
     )
 
 
+def extension(asked: Common, told: Usage) -> SglExt | msgspec.UnsetType:
+    if not asked.return_cached_tokens_details:
+        return msgspec.UNSET
+    return SglExt(CachedDetails(told.prompt_tokens_details.cached_tokens))
+
+
 def logprob_entries(tokenizer: Tokenizer, found: Sequence[m.Logprob], top: int) -> list[TokenLogprob]:
     """top: how many alternatives were asked for."""
     entries = []
@@ -116,6 +125,11 @@ def logprob_entries(tokenizer: Tokenizer, found: Sequence[m.Logprob], top: int) 
 
 def _top(tokenizer: Tokenizer, token: int, logprob: float) -> TopLogprob:
     return TopLogprob(tokenizer.decode([token]), max(logprob, -9999.0), list(tokenizer.token_bytes(token)))
+
+
+def thinks(text: str | None) -> bool:
+    """Whether a text ends inside a thought: a grammar then holds behind it."""
+    return text is not None and text.rfind(THINK_START) > max(text.rfind(THINK_END), text.rfind(ASSISTANT))
 
 
 def now() -> int:

@@ -11,7 +11,8 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from weft.gateway.apis.common import check_model, lease_for, namespace_of, now, sampling, usage
+from weft.gateway.apis.common import check_model, extension, lease_for, namespace_of, now, sampling
+from weft.gateway.apis.common import usage as usage_of
 from weft.gateway.apis.openai_types import Completion, CompletionRequest, TextChoice, TextLogprobs, Usage
 from weft.gateway.chat.continuation import Continuation, Finished, Piece, gather, stream
 from weft.gateway.http.base import Answer, Exchange, Route
@@ -40,7 +41,8 @@ async def completions(exchange: Exchange) -> Answer | web.StreamResponse:
         text, found = own.head(end.prompt_logprobs)
         behind = own.logprobs(end.logprobs)
         choices.append(TextChoice(end.index, text + end.text, end.reason, _joined(found, behind)))
-    return Answer(Completion(**head, choices=choices, usage=_usage(ends, asked.n or 1)))
+    told = _usage(ends, asked.n or 1)
+    return Answer(Completion(**head, choices=choices, usage=told, sglext=extension(asked, told)))
 
 
 def _works(exchange: Exchange, asked: CompletionRequest) -> list[Continuation]:
@@ -156,7 +158,7 @@ def _joined(first: TextLogprobs | None, second: TextLogprobs | None) -> TextLogp
 
 def _usage(ends: Sequence[Finished], n: int) -> Usage:
     """Of all replies; each prompt counts once."""
-    told = usage([end.receipt for end in ends])
+    told = usage_of([end.receipt for end in ends])
     own = sorted(ends, key=lambda end: end.index)[::n]
     told.prompt_tokens = sum(len(end.work.tokens) for end in own)
     told.prompt_tokens_details.cached_tokens = sum(end.receipt.cached for end in own)
@@ -184,8 +186,10 @@ async def _stream(
                 choice = TextChoice(piece.index, text, piece.reason)
                 ends.append(piece)
             await events.send(Completion(**head, choices=[choice]))
-    if asked.stream_options is not None and asked.stream_options.include_usage:
-        await events.send(Completion(**head, choices=[], usage=_usage(ends, asked.n or 1)))
+    told, wanted = _usage(ends, asked.n or 1), asked.stream_options and asked.stream_options.include_usage
+    if wanted or asked.return_cached_tokens_details:
+        usage = told if wanted else None
+        await events.send(Completion(**head, choices=[], usage=usage, sglext=extension(asked, told)))
     return await events.done(DONE)
 
 

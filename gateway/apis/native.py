@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from weft.gateway.apis.common import lease_for, namespace_of
+from weft.gateway.apis.common import lease_for, namespace_of, thinks
 from weft.gateway.apis.native_report import partial_meta, whole_meta
 from weft.gateway.apis.native_types import (
     AbortRequest,
@@ -137,12 +137,13 @@ def _works(exchange: Exchange, asked: GenerateRequest, namespace: str) -> list[_
 def _continuations(
     exchange: Exchange, asked: GenerateRequest, work: _Work, namespace: str, place: int
 ) -> list[Continuation]:
-    params = _params(asked, work.asked)
-    seed = random.getrandbits(62) if params.seed is None else params.seed
+    params = _params(asked, work.asked, thinks(work.prompt))
+    seed = random.getrandbits(63) if params.seed is None else params.seed
     start = asked.logprob_start_len
     scored = None
     if asked.return_logprob and start is not None and start >= 0:
-        scored = start + 1 if start and not params.max_tokens else start
+        # One that draws nothing is a `select`, which reckons with those behind that token.
+        scored = start if params.max_tokens else start + 1
     elif asked.return_logprob and not params.max_tokens and start is None:
         scored = 0
     session = asked.session_id or (asked.session_params or {}).get("id")
@@ -150,7 +151,7 @@ def _continuations(
     return [
         Continuation(
             work.tokens,
-            msgspec.structs.replace(params, seed=seed + i),
+            msgspec.structs.replace(params, seed=(seed + i) % (1 << 63)),
             namespace,
             scored,
             lease if place == i == 0 and params.max_tokens else None,
@@ -160,15 +161,15 @@ def _continuations(
     ]
 
 
-def _params(asked: GenerateRequest, own: NativeSampling) -> SamplingParams:
+def _params(asked: GenerateRequest, own: NativeSampling, thinking: bool) -> SamplingParams:
     for name in ("structural_tag", "custom_params", "ebnf"):
         if getattr(own, name) is not None:
             raise UnsupportedError(f"sampling_params.{name}", "…", "use regex or json_schema")
     if own.regex is not None and own.json_schema is not None:
         raise RequestError("sampling_params.regex", own.regex, "cannot be combined with json_schema")
-    grammar = Grammar("regex", own.regex) if own.regex is not None else None
+    grammar = Grammar("regex", own.regex, thinking) if own.regex is not None else None
     if own.json_schema is not None:
-        grammar = Grammar("json_schema", own.json_schema)
+        grammar = Grammar("json_schema", own.json_schema, thinking)
     for token in own.logit_bias or ():
         if not (token.isascii() and token.isdigit() and len(token) < 16):
             raise RequestError("sampling_params.logit_bias", token, "keys are token ids")

@@ -32,6 +32,7 @@ async def server_info(exchange: Exchange) -> Answer:
     return Answer(
         ServerInfo(
             model_path=name,
+            model_type=engine.model_config.model_type,
             served_model_name=name,
             version=weft_version(),
             context_length=engine.context,
@@ -59,7 +60,7 @@ async def concatenate(exchange: Exchange) -> Answer:
     """KV computed in other contexts would not be that of the joined text, and requests have no ids to find it
     by."""
     reason = 'join(mode="concate_and_append") cannot be done over HTTP; run the program on the server'
-    raise HttpError(501, reason, code="unsupported")
+    raise HttpError(400, reason, code="unsupported")
 
 
 async def tokenize(exchange: Exchange) -> Answer:
@@ -94,7 +95,7 @@ ROUTES = (
     ),
     Route(
         "POST", "/concate_and_append_request", concatenate, "sglang", "Not over HTTP.",
-        body=Prefixes, statuses=(501,),
+        body=Prefixes,
     ),
     Route(
         "POST", "/tokenize", tokenize, "sglang", "A text's tokens.",

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from weft.backend.convert import token_entry, top_entries
-from weft.gateway.apis.native_types import CachedDetails, FinishReason, GenerateRequest, Meta
+from weft.gateway.apis.native_types import FinishReason, GenerateRequest, Meta
+from weft.gateway.apis.openai_types import CachedDetails
 from weft.gateway.chat.continuation import Continuation, Finished, Piece
 from weft.runtime.engine import messages as m
 from weft.runtime.text.tokenizer import Tokenizer
@@ -36,6 +37,11 @@ def whole_meta(tokenizer: Tokenizer, asked: GenerateRequest, end: Finished, id: 
         completion_tokens=took.generated,
         cached_tokens=took.cached,
         cached_tokens_details=CachedDetails(took.cached),
+        computed_tokens=took.computed,
+        replayed_tokens=took.replayed,
+        matched_tokens=took.matched,
+        cache_reason=took.reason,
+        first_token_latency=took.first_token,
         e2e_latency=took.total,
         spec_verify_ct=steps,
         spec_accept_length=took.generated / steps,

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from weft.gateway.apis.openai_types import CachedDetails
 from weft.gateway.chat.base import Receipt
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
@@ -47,7 +48,7 @@ class GenerateRequest(msgspec.Struct, kw_only=True):
     stream: bool = False
     return_logprob: bool | None = None
     logprob_start_len: int | None = None
-    top_logprobs_num: Annotated[int, msgspec.Meta(ge=0, le=64)] | None = None
+    top_logprobs_num: Count | None = None
     return_text_in_logprobs: bool | None = None
     rid: str | list[str] | None = None
     image_data: Any = None
@@ -70,12 +71,6 @@ class FinishReason(msgspec.Struct, omit_defaults=True):
     matched: str | int | None = None
 
 
-class CachedDetails(msgspec.Struct):
-    device: int = 0
-    host: int = 0
-    storage: int = 0
-
-
 class Meta(msgspec.Struct, kw_only=True):
     """Entries of log-probabilities are [value, token id, text or null]."""
 
@@ -86,6 +81,11 @@ class Meta(msgspec.Struct, kw_only=True):
     cached_tokens: int = 0
     cached_tokens_details: CachedDetails = msgspec.field(default_factory=CachedDetails)
     reasoning_tokens: int = 0
+    computed_tokens: int | msgspec.UnsetType = msgspec.UNSET
+    replayed_tokens: int | msgspec.UnsetType = msgspec.UNSET
+    matched_tokens: int | msgspec.UnsetType = msgspec.UNSET
+    cache_reason: str | msgspec.UnsetType = msgspec.UNSET
+    first_token_latency: float | msgspec.UnsetType = msgspec.UNSET
     weight_version: str = "default"
     num_retractions: int = 0
     dp_rank: int = 0
@@ -118,6 +118,7 @@ class ModelInfo(msgspec.Struct, kw_only=True):
 
 class ServerInfo(msgspec.Struct, kw_only=True):
     model_path: str
+    model_type: str
     served_model_name: str
     version: str
     context_length: int

@@ -122,6 +122,7 @@ class Common(msgspec.Struct, kw_only=True):
     prompt_cache_key: str | None = None
     kv_hints: dict[str, Any] | None = None
     user: str | None = None
+    return_cached_tokens_details: bool = False
 
 
 class ChatRequest(Common, kw_only=True):
@@ -180,6 +181,20 @@ class Usage(msgspec.Struct):
     receipts: list[Receipt] = []
 
 
+class CachedDetails(msgspec.Struct):
+    """Cached tokens by where their KV was."""
+
+    device: int = 0
+    host: int = 0
+    storage: int = 0
+
+
+class SglExt(msgspec.Struct):
+    """What SGLang's clients look for (`return_cached_tokens_details`)."""
+
+    cached_tokens_details: CachedDetails
+
+
 class TopLogprob(msgspec.Struct):
     token: str
     logprob: float
@@ -222,6 +237,7 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    sglext: SglExt | msgspec.UnsetType = msgspec.UNSET
     object: Literal["chat.completion"] = "chat.completion"
 
 
@@ -257,6 +273,7 @@ class ChatChunk(msgspec.Struct, kw_only=True):
     model: str
     choices: list[ChunkChoice]
     usage: Usage | None = None
+    sglext: SglExt | msgspec.UnsetType = msgspec.UNSET
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
 
 
@@ -282,6 +299,7 @@ class Completion(msgspec.Struct, kw_only=True):
     model: str
     choices: list[TextChoice]
     usage: Usage | None = None
+    sglext: SglExt | msgspec.UnsetType = msgspec.UNSET
     object: Literal["text_completion"] = "text_completion"
 
 

@@ -36,7 +36,7 @@ class Continuation:
         if room < 0:
             raise ContextLengthError(self.field, len(self.tokens), f"the context holds {engine.context} tokens")
         if self.params.max_tokens > room:
-            reason = f"behind {len(self.tokens)} tokens of {self.field} the context holds {room}"
+            reason = f"behind {len(self.tokens)} tokens; the context holds {engine.context}"
             raise ContextLengthError("max_tokens", self.params.max_tokens, reason)
 
 

@@ -72,7 +72,7 @@ class Turns:
         if room < 1:
             raise ContextLengthError("messages", len(prompt.tokens), f"the context holds {engine.context} tokens")
         if request.max_tokens is not None and request.max_tokens > room:
-            reason = f"behind {len(prompt.tokens)} tokens of prompt the context holds {room}"
+            reason = f"behind {len(prompt.tokens)} tokens; the context holds {engine.context}"
             raise ContextLengthError("max_tokens", request.max_tokens, reason)
         params = msgspec.structs.replace(
             request.params,

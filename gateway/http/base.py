@@ -66,7 +66,6 @@ class Route:
     statuses: tuple[int, ...] = ()
     query: dict[str, Any] = field(default_factory=dict)
     optional_body: bool = False
-    good: int = 200
 
 
 class Exchange:

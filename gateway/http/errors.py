@@ -61,9 +61,12 @@ class AnthropicError(msgspec.Struct):
 
 
 class NativeErrorDetail(msgspec.Struct):
+    """field, value: what is wrong, if it is one; long values are cut."""
+
     message: str
     type: str
     field: str | None = None
+    value: str | float | int | bool | None = None
 
 
 class NativeError(msgspec.Struct):
@@ -89,6 +92,7 @@ class Fault:
     code: str | None = None
     field: str | None = None
     retry_after: float | None = None
+    value: object = None
 
     @property
     def headers(self) -> dict[str, str]:
@@ -106,11 +110,11 @@ def fault(error: BaseException) -> Fault:
         case HttpError():
             return Fault(error.status, error.reason, error.code, error.field, error.retry_after)
         case errors.ContextLengthError():
-            return Fault(400, _text(error), "context_length_exceeded", error.field)
+            return Fault(400, _text(error), "context_length_exceeded", error.field, value=error.value)
         case errors.UnsupportedError():
-            return Fault(400, _text(error), "unsupported", error.field)
+            return Fault(400, _text(error), "unsupported", error.field, value=error.value)
         case errors.RequestError():
-            return Fault(400, _text(error), "invalid_value", error.field)
+            return Fault(400, _text(error), "invalid_value", error.field, value=error.value)
         case errors.Overloaded():
             return Fault(503, str(error), "overloaded", retry_after=error.retry_after)
         case errors.EngineDead():
@@ -159,7 +163,14 @@ def body(shape: Shape, told: Fault, request_id: str | None = None) -> msgspec.St
         case "anthropic":
             kind = _ANTHROPIC.get(told.status, "invalid_request_error")
             return AnthropicError(AnthropicErrorDetail(kind, told.message), request_id)
-    return NativeError(NativeErrorDetail(told.message, told.code or "error", told.field))
+    return NativeError(NativeErrorDetail(told.message, told.code or "error", told.field, _plain(told.value)))
+
+
+def _plain(value: object) -> str | float | int | bool | None:
+    if value is None or isinstance(value, bool | float) or (isinstance(value, int) and abs(value) < 1 << 53):
+        return value
+    text = value if isinstance(value, str) else repr(value)
+    return text[:_SHOWN].encode(errors="replace").decode()
 
 
 def not_json(error: msgspec.DecodeError) -> HttpError:

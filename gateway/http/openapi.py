@@ -23,7 +23,6 @@ _REASONS = {
     413: "The body is too large.",
     415: "The body is not application/json.",
     429: "This key has too much under way; see Retry-After.",
-    501: "HTTP cannot do this.",
     503: "The server starts, ends, or has too much to do; see Retry-After.",
 }
 
@@ -96,13 +95,13 @@ def _responses(route: Route, known: dict[str, Any]) -> dict[str, Any]:
         kind = "text/plain" if route.reply is str else "application/json"
         content[kind] = {"schema": known[repr(route.reply)]}
     if route.events is not None:
-        about = "Events; the data of each is one of these, the last may be [DONE]."
-        content["text/event-stream"] = {"schema": {"type": "string", "description": about}}
+        # OpenAPI has no word for the type of events before 3.2.
+        content["text/event-stream"] = {"schema": {}, "x-event-data": known[repr(route.events)]}
     if content:
         good["content"] = content
     shape = {"application/json": {"schema": known[repr(ERROR_TYPES[route.shape])]}}
     refused = {str(status): {"description": _REASONS[status], "content": shape} for status in _statuses(route)}
-    return {str(route.good): good, **refused}
+    return {"200": good, **refused}
 
 
 def _statuses(route: Route) -> list[int]:

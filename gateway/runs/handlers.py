@@ -91,7 +91,7 @@ async def _run(
     work = runs.make(kept, made, arguments, asked, namespace_of(exchange.caller, asked.cache_salt))
     if asked.background:
         kept.task = exchange.state.go_on(_behind(exchange, kept, work))
-        return await _events(exchange, kept, 0) if asked.stream else Answer(kept.info, 202)
+        return await _events(exchange, kept, 0) if asked.stream else Answer(kept.info)
     if not asked.stream:
         await work
         return _answer(kept)
