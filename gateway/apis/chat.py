@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from contextlib import aclosing
+from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -41,7 +42,12 @@ async def chat(exchange: Exchange) -> Answer | web.StreamResponse:
     choices = [_choice(exchange, asked, end) for end in ends]
     told = usage_of(ends)
     made = ChatCompletion(
-        id=id, created=created, model=model, choices=choices, usage=told, sglext=extension(asked, told)
+        id=id,
+        created=created,
+        model=model,
+        choices=choices,
+        usage=told,
+        sglext=extension(asked, told.prompt_tokens_details.cached_tokens),
     )
     return Answer(made)
 
@@ -66,8 +72,8 @@ async def _stream(exchange: Exchange, asked: ChatRequest, turn: Prepared, head: 
     begun: set[int] = set()
     ends: list[Ended] = []
 
-    async def send(choice: ChunkChoice) -> None:
-        await stream.send(msgspec.structs.replace(head, choices=[choice]))
+    async def send(choice: ChunkChoice, **more: Any) -> None:
+        await stream.send(msgspec.structs.replace(head, choices=[choice], **more))
 
     async with aclosing(exchange.state.turns.draw(turn)) as events:
         async for event in events:
@@ -78,11 +84,10 @@ async def _stream(exchange: Exchange, asked: ChatRequest, turn: Prepared, head: 
             if isinstance(event, Ended):
                 ends.append(event)
                 rest = event.reply.unparsed if event.reply.finish_reason == "stop" else ""
-                await send(ChunkChoice(event.index, Delta(content=rest or None), event.reply.finish_reason))
-    told, wanted = usage_of(ends), asked.stream_options is not None and asked.stream_options.include_usage
-    if wanted or asked.return_cached_tokens_details:
-        usage = told if wanted else None
-        await stream.send(msgspec.structs.replace(head, usage=usage, sglext=extension(asked, told)))
+                last = ChunkChoice(event.index, Delta(content=rest or None), event.reply.finish_reason)
+                await send(last, sglext=extension(asked, event.receipt.cached))
+    if asked.stream_options is not None and asked.stream_options.include_usage:
+        await stream.send(msgspec.structs.replace(head, usage=usage_of(ends)))
     return await stream.done(DONE)
 
 

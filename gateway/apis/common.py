@@ -107,10 +107,9 @@ def usage(receipts: Sequence[Receipt], reasoning: int = 0) -> Usage:
     )
 
 
-def extension(asked: Common, told: Usage) -> SglExt | msgspec.UnsetType:
-    if not asked.return_cached_tokens_details:
-        return msgspec.UNSET
-    return SglExt(CachedDetails(told.prompt_tokens_details.cached_tokens))
+def extension(asked: Common, cached: int) -> SglExt | msgspec.UnsetType:
+    """In a stream it goes with the end of a reply: some clients take no chunk without one."""
+    return SglExt(CachedDetails(cached)) if asked.return_cached_tokens_details else msgspec.UNSET
 
 
 def logprob_entries(tokenizer: Tokenizer, found: Sequence[m.Logprob], top: int) -> list[TokenLogprob]:

@@ -42,7 +42,11 @@ async def completions(exchange: Exchange) -> Answer | web.StreamResponse:
         behind = own.logprobs(end.logprobs)
         choices.append(TextChoice(end.index, text + end.text, end.reason, _joined(found, behind)))
     told = _usage(ends, asked.n or 1)
-    return Answer(Completion(**head, choices=choices, usage=told, sglext=extension(asked, told)))
+    return Answer(
+        Completion(
+            **head, choices=choices, usage=told, sglext=extension(asked, told.prompt_tokens_details.cached_tokens)
+        )
+    )
 
 
 def _works(exchange: Exchange, asked: CompletionRequest) -> list[Continuation]:
@@ -180,16 +184,16 @@ async def _stream(
             own = replies[piece.index]
             text = own.head(())[0] if piece.index not in begun else ""
             begun.add(piece.index)
+            more: dict[str, Any] = {}
             if isinstance(piece, Piece):
                 choice = TextChoice(piece.index, text + piece.text, None, own.logprobs(piece.logprobs))
             else:
                 choice = TextChoice(piece.index, text, piece.reason)
                 ends.append(piece)
-            await events.send(Completion(**head, choices=[choice]))
-    told, wanted = _usage(ends, asked.n or 1), asked.stream_options and asked.stream_options.include_usage
-    if wanted or asked.return_cached_tokens_details:
-        usage = told if wanted else None
-        await events.send(Completion(**head, choices=[], usage=usage, sglext=extension(asked, told)))
+                more["sglext"] = extension(asked, piece.receipt.cached)
+            await events.send(Completion(**head, choices=[choice], **more))
+    if asked.stream_options is not None and asked.stream_options.include_usage:
+        await events.send(Completion(**head, choices=[], usage=_usage(ends, asked.n or 1)))
     return await events.done(DONE)
 
 

@@ -26,8 +26,11 @@ class _Asked:
     """One primitive that was met. text: before it, up to the first drawn one. drawn: before it, at most; known:
     tokens before it that this run will have computed; more: characters behind those."""
 
-    def __init__(self, kind: str, lane: Plan, name: str | None, draws: int, own: str = "") -> None:
+    def __init__(
+        self, kind: str, lane: Plan, name: str | None, draws: int, own: str = "", children: int = 0
+    ) -> None:
         self.kind, self.path, self.name, self.draws, self.own = kind, lane.path, name, draws, own
+        self.children = children
         self.text, self.behind, self.new = lane.text, lane.behind, lane.new
         self.first = not lane.computed
 
@@ -79,8 +82,8 @@ class Plan:
             self.text += text
         self.new += text
 
-    def _ask(self, kind: str, name: str | None, draws: int, own: str = "") -> None:
-        self.asked.append(_Asked(kind, self, name, draws, own))
+    def _ask(self, kind: str, name: str | None, draws: int, own: str = "", children: int = 0) -> None:
+        self.asked.append(_Asked(kind, self, name, draws, own, children))
         self.computed, self.new = True, ""
 
     def get(self, name: str) -> Any:
@@ -108,7 +111,7 @@ class Plan:
         raise Unforeseen("a tool is called")
 
     def fork(self, count: int, scopes: Any = None) -> list[Plan]:
-        self._ask("fork", None, 0)
+        self._ask("fork", None, 0, children=count)
         children = []
         for number in range(count):
             child = Plan(self.template, self.asked, f"{self.path}/{self._forks + number}")
@@ -183,6 +186,7 @@ async def _step(engine: Engine, asked: _Asked, namespace: str) -> Step:
     tokens, _ = encoded(engine.tokenizer, asked.text)
     new = len(engine.tokens(asked.new)) if asked.new else 0
     own = len(engine.tokens(asked.own)) if asked.own else 0
+    forked = asked.children * engine.capacity.raw
     if not asked.first:
         # The run itself has computed what comes before, but for the token that was drawn last.
         last = min(1, asked.behind)
@@ -195,6 +199,7 @@ async def _step(engine: Engine, asked: _Asked, namespace: str) -> Step:
             shared=max(0, history - new - (0 if asked.behind else last)),
             replayed=0,
             computed=new + last + own,
+            copied_bytes=forked,
             draws=asked.draws,
             behind=asked.behind,
         )
@@ -207,7 +212,7 @@ async def _step(engine: Engine, asked: _Asked, namespace: str) -> Step:
         shared=known.cached,
         replayed=known.replayed,
         computed=known.computed + own,
-        copied_bytes=known.copied,
+        copied_bytes=known.copied + forked,
         draws=asked.draws,
         reason=known.reason,
         differs=engine.tokenizer.decode([known.differs]) if known.differs is not None else None,

@@ -15,13 +15,14 @@ from sglang.lang.ir import SglFunction
 
 from weft.backend.executor import Limits, Piece, ProgramError, ProgramExecutor, Run, Took
 from weft.gateway.chat.base import receipt
-from weft.gateway.http.errors import HttpError, fault
+from weft.gateway.http.errors import HttpError
 from weft.gateway.http.keys import Caller
 from weft.gateway.http.state import State
 from weft.gateway.runs.registry import Registry
 from weft.gateway.runs.types import RunError, RunEvent, RunInfo, RunOptions, RunReceipt
-from weft.runtime.errors import BudgetExceeded, DeadlineExceeded, RequestError, WeftError
+from weft.runtime.errors import Overloaded, RequestError
 
+_LONGEST = 2000  # characters of an error
 _EVENTS = 1 << 14  # of a run that are kept; a piece joins the one before it beyond
 
 
@@ -119,7 +120,7 @@ class Runs:
         self, kept: Kept, program: SglFunction, arguments: Mapping[str, Any], asked: RunOptions, namespace: str
     ) -> None:
         """To its end, whatever that is; what it is then stands in `kept.info`. Raises only for a run that was
-        never begun (`Overloaded`, `RequestError`), or when it is cancelled."""
+        never begun (`Overloaded`), or when it is cancelled."""
         info = kept.info
         info.status = "running"
         kept.tell(RunEvent(type="started", run=msgspec.structs.replace(info)))
@@ -135,7 +136,7 @@ class Runs:
             raise
         except Exception as error:
             info.status, info.error = "failed", _error(error)
-            if not info.usage.receipts and isinstance(error, WeftError) and not _of_program(error):
+            if isinstance(error, Overloaded) and not info.usage.receipts:  # it was never begun
                 self.forget(kept)
                 raise
         finally:
@@ -197,18 +198,11 @@ def _completed(info: RunInfo, run: Run) -> None:
     info.value, info.text = as_json(run.value), run.text()
 
 
-def _of_program(error: WeftError) -> bool:
-    return isinstance(error, ProgramError | DeadlineExceeded | BudgetExceeded)
-
-
 def _error(error: Exception) -> RunError:
     if isinstance(error, ProgramError):
         cause = error.__cause__ or error
         return RunError(type=type(cause).__name__, message=str(error), path=error.path, variable=error.variable)
-    if isinstance(error, WeftError):
-        return RunError(type=type(error).__name__, message=fault(error).message)
-    # The program's own code: the operator's, who may say what he likes.
-    return RunError(type=type(error).__name__, message=str(error))
+    return RunError(type=type(error).__name__, message=str(error)[:_LONGEST])
 
 
 def as_json(value: Any) -> Any:

@@ -151,7 +151,8 @@ class RunEvent(msgspec.Struct, kw_only=True, omit_defaults=True):
 class Step(msgspec.Struct, kw_only=True):
     """What a primitive would take now. history: tokens before it, drawn ones before it not counted (`behind` says
     how many there may be). shared: of those known already; replayed: of these run again; computed: run for it, but
-    for what it draws itself; copied_bytes: of KV. differs: the first token that is not known where others are."""
+    for what it draws itself; copied_bytes: of raw state, pages that are shared
+    and written to come on top. differs: the first token that is not known where others are."""
 
     kind: Literal["gen", "select", "fork"]
     path: str

@@ -84,6 +84,12 @@ class Capacity:
     def total(self) -> int:
         return sum(self.parts.values())
 
+    @property
+    def raw(self) -> int:
+        """Bytes of the raw state of one sequence, which a fork copies."""
+        parts = self.parts
+        return (parts["compressor tails"] + parts["streams"]) // self.sizes.raw
+
     def sequences(self, length: int) -> int:
         """How many sequences of `length` tokens, none sharing anything, fit at once."""
         if length > self.sizes.context:

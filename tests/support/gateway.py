@@ -47,6 +47,11 @@ class Gateway:
     def http(self, **options: Any) -> httpx2.Client:
         return httpx2.Client(base_url=self.url, timeout=SECONDS, **options)
 
+    def post(self, path: str, body: Any) -> httpx2.Response:
+        """For threads of their own."""
+        with self.http() as client:
+            return client.post(path, json=body)
+
 
 @contextmanager
 def serving(
