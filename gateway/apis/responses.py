@@ -40,11 +40,11 @@ async def create(exchange: Exchange) -> Answer | web.StreamResponse:
     if asked.background and asked.store is False:
         raise RequestError("background", True, "needs store: a response is retrieved")
     id = f"resp_{secrets.token_hex(16)}"
-    turn = await exchange.state.turns.prepare(turn_request(exchange, asked, before, conversation))
+    turn = await exchange.state.turns.prepare(turn_request(exchange, asked, before, conversation or id))
     items = [*before, *items_of(asked)]
     kept = Kept(_response(asked, id, model), items, exchange.caller.key, conversation or id)
     if asked.store is not False:
-        store.keep(kept)
+        store.put(id, kept)
     if not asked.background:
         work = _make(exchange, kept, turn, asked)
         if not asked.stream:
@@ -163,7 +163,7 @@ async def delete(exchange: Exchange) -> Answer:
     store = exchange.state.part(Responses)
     kept = store.find(exchange.caller, exchange.path("id"))
     await kept.cancel()
-    store.forget(kept)
+    store.forget(kept.response.id)
     return Answer(Deleted(id=kept.response.id))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from weft.gateway.apis.responses_types import (
     ResponseEvent,
 )
 from weft.gateway.http.errors import HttpError
-from weft.gateway.http.keys import Caller
+from weft.gateway.http.shelf import Shelf
 from weft.gateway.http.state import State
 
 
@@ -31,14 +30,14 @@ class Kept:
         self.events: list[ResponseEvent] = []
         self.listener: Callable[[ResponseEvent], Awaitable[None]] | None = None
         self.task: asyncio.Task[Any] | None = None
+        self.size = 1024 + len(msgspec.json.encode(self.items))
         self._closed = False
         self._more = asyncio.Condition()
         self._count = 0
 
     @property
-    def size(self) -> int:
-        """Bytes, about."""
-        return 1024 + len(msgspec.json.encode(self.response)) + len(msgspec.json.encode(self.items))
+    def under_way(self) -> bool:
+        return self.response.status in ("queued", "in_progress")
 
     async def tell(self, event: ResponseEvent) -> None:
         event.sequence_number = self._count
@@ -68,6 +67,7 @@ class Kept:
     async def close(self) -> None:
         """It has ended."""
         self._closed = True
+        self.size += len(msgspec.json.encode(self.response)) * (2 if self.events else 1)
         async with self._more:
             self._more.notify_all()
 
@@ -76,7 +76,7 @@ class Kept:
         if self.task is not None and not self.task.done():
             self.task.cancel()
             await asyncio.wait({self.task})
-        if self.response.status in ("queued", "in_progress") and self.task is not None:
+        if self.under_way and self.task is not None:
             self.response.status = "cancelled"
             await self.close()
 
@@ -112,31 +112,8 @@ def _as_input(item: OutputMessage | OutputReasoning | OutputCall) -> InputItem:
     return InputItem(type="reasoning", id=item.id, content=text, encrypted_content=item.encrypted_content)
 
 
-class Responses:
-    """At most so many and so many bytes; the longest unused are forgotten first, not those under way."""
+class Responses(Shelf[Kept]):
+    """Those of one server."""
 
     def __init__(self, state: State) -> None:
-        bounds = state.config.bounds
-        self._most, self._bytes = bounds.kept, bounds.kept_bytes
-        self._kept: OrderedDict[str, tuple[Kept, int]] = OrderedDict()
-        self._size = 0
-
-    def keep(self, kept: Kept) -> None:
-        self._kept[kept.response.id] = kept, kept.size
-        self._size += kept.size
-        for id, (old, size) in list(self._kept.items()):
-            if len(self._kept) <= self._most and self._size <= self._bytes:
-                break
-            if old.response.status not in ("queued", "in_progress"):
-                del self._kept[id]
-                self._size -= size
-
-    def find(self, caller: Caller, id: str) -> Kept:
-        found = self._kept.get(id)
-        if found is None or found[0].owner != caller.key:
-            raise HttpError(404, f"there is no response {id[:80]!r}", code="response_not_found")
-        self._kept.move_to_end(id)
-        return found[0]
-
-    def forget(self, kept: Kept) -> None:
-        self._size -= self._kept.pop(kept.response.id)[1]
+        super().__init__("response", state.config.bounds.kept, state.config.bounds.kept_bytes)

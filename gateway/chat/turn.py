@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import secrets
+from array import array
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -42,17 +43,20 @@ class Turns:
 
     async def prepare(self, request: TurnRequest) -> Prepared:
         """Lay it out and check it. Raises `RequestError`."""
-        if sum(len(str(message.get("content"))) for message in request.messages) > _LONG:
-            return await asyncio.to_thread(self._prepare, request)
-        return self._prepare(request)
-
-    def _prepare(self, request: TurnRequest) -> Prepared:
         engine = self.engine
         if not 1 <= request.n <= engine.slots - 1:
             raise RequestError("n", request.n, f"not in 1..{engine.slots - 1}")
         if request.max_tokens is not None and request.max_tokens < 1:
             raise RequestError("max_tokens", request.max_tokens, "must be at least 1")
         messages, drawn = self.replay.apply(request.namespace, request.messages)
+        if sum(len(str(message.get("content"))) for message in messages) > _LONG:
+            return await asyncio.to_thread(self._lay_out, request, messages, drawn)
+        return self._lay_out(request, messages, drawn)
+
+    def _lay_out(
+        self, request: TurnRequest, messages: list[dict[str, Any]], drawn: list[array[int] | None]
+    ) -> Prepared:
+        engine = self.engine
         form, shown = request.response_format, messages
         if form is not None and request.tools:
             shown = _told(messages, format_text(form))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from functools import partial
 from pathlib import Path
@@ -42,9 +43,16 @@ def run(args: argparse.Namespace) -> int:
         threads=args.threads,
     )
     path = EMBEDDED if args.model == "embedded" else Path(args.model)
-    server = Server(State(config), partial(make_engine, path, engine), prepare)
+    server = Server(State(config), partial(make_engine, path, engine), _prepare)
     uvloop.run(server.run(_tell))
     return 0
+
+
+async def _prepare(state: State) -> None:
+    await prepare(state)
+    # What exists now stays: it need not be looked through for garbage again, while requests wait.
+    gc.collect()
+    gc.freeze()
 
 
 def _tell(stage: str) -> None:

@@ -107,9 +107,7 @@ def _responses(route: Route, known: dict[str, Any]) -> dict[str, Any]:
 def _statuses(route: Route) -> list[int]:
     statuses = {405, *route.statuses}
     if route.access != "open":
-        statuses.add(401)
-    if route.access == "admin":
-        statuses.add(403)
+        statuses |= {401, 403}
     if not route.early:
         statuses.add(503)
     if route.body is not None or route.query:

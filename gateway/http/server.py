@@ -15,6 +15,7 @@ from aiohttp import web
 
 from weft.gateway.http import errors
 from weft.gateway.http.base import Answer, Exchange, Route
+from weft.gateway.http.config import is_loopback
 from weft.gateway.http.errors import Fault, HttpError, fault
 from weft.gateway.http.keys import Caller
 from weft.gateway.http.state import State
@@ -171,6 +172,9 @@ class Server:
     def _caller(self, exchange: Exchange) -> Caller:
         keys = self.state.config.keys
         if not keys:
+            host = exchange.request.url.host or ""
+            if not is_loopback(host):  # a page elsewhere whose name was made to mean this machine
+                raise HttpError(403, f"host {host[:80]!r}: without keys only this machine is served", code="host")
             return _EVERYONE
         scheme, _, token = (exchange.header("authorization") or "").partition(" ")
         key = token.strip() if scheme.lower() == "bearer" else exchange.header("x-api-key")

@@ -3,6 +3,7 @@ depends on nothing that is drawn, and the engine says of each history how it wou
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,8 @@ from weft.backend.template import DeepSeekV4Template
 from weft.gateway.runs.types import Explanation, Step
 from weft.runtime.engine.front import Engine
 from weft.runtime.errors import RequestError
+
+_MOST = 1000  # steps
 
 
 class Unforeseen(Exception):
@@ -83,6 +86,8 @@ class Plan:
         self.new += text
 
     def _ask(self, kind: str, name: str | None, draws: int, own: str = "", children: int = 0) -> None:
+        if len(self.asked) == _MOST:
+            raise Unforeseen(f"more than {_MOST} steps")
         self.asked.append(_Asked(kind, self, name, draws, own, children))
         self.computed, self.new = True, ""
 
@@ -172,7 +177,10 @@ async def explain(
     stopped: str | None = None
     state = _State(Plan(DeepSeekV4Template(thinking), asked))  # type: ignore[arg-type]
     try:
-        program.func(state, **arguments, **program.bind_arguments)
+        made = program.func(state, **arguments, **program.bind_arguments)
+        if inspect.iscoroutine(made):
+            made.close()
+            stopped = "it is an async function"
     except Unforeseen as reason:
         stopped = str(reason)
     except RequestError:

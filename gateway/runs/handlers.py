@@ -28,6 +28,7 @@ from weft.gateway.runs.types import (
     InlineRun,
     ProgramInfo,
     ProgramList,
+    RunError,
     RunEvent,
     RunInfo,
     RunList,
@@ -107,12 +108,15 @@ async def _behind(exchange: Exchange, kept: Kept, work: Any) -> None:
     try:
         with exchange.state.gate.enter(exchange.caller):
             await work
-    except (asyncio.CancelledError, Exception):
+    except (asyncio.CancelledError, HttpError) as error:
         work.close()
-        if not kept.ended:
-            kept.info.status = "cancelled"
+        if not kept.ended:  # it was never begun
+            cancelled = isinstance(error, asyncio.CancelledError)
+            kept.info.status = "cancelled" if cancelled else "failed"
+            kept.info.error = None if cancelled else RunError(type="Overloaded", message=str(error))
             kept.end()
-        raise
+        if isinstance(error, asyncio.CancelledError):
+            raise
 
 
 def _answer(kept: Kept) -> Answer:
@@ -134,7 +138,7 @@ async def _events(exchange: Exchange, kept: Kept, start: int) -> web.StreamRespo
 async def runs(exchange: Exchange) -> Answer:
     """The caller's, the latest first."""
     most = min(exchange.whole_number("limit", 20), 1000)
-    own = [kept.info for kept in exchange.state.part(Runs) if kept.owner == exchange.caller.key]
+    own = [kept.info for kept in exchange.state.part(Runs).shelf if kept.owner == exchange.caller.key]
     return Answer(RunList([msgspec.structs.replace(info, usage=_short(info)) for info in own[:most]]))
 
 
@@ -143,11 +147,11 @@ def _short(info: RunInfo) -> Any:
 
 
 async def retrieve(exchange: Exchange) -> Answer:
-    return Answer(exchange.state.part(Runs).find(exchange.caller, exchange.path("id")).info)
+    return Answer(exchange.state.part(Runs).shelf.find(exchange.caller, exchange.path("id")).info)
 
 
 async def events(exchange: Exchange) -> Answer | web.StreamResponse:
-    kept = exchange.state.part(Runs).find(exchange.caller, exchange.path("id"))
+    kept = exchange.state.part(Runs).shelf.find(exchange.caller, exchange.path("id"))
     last = exchange.header("last-event-id")
     if last is not None and not re.fullmatch("[0-9]{1,9}", last):
         raise HttpError(400, f"last-event-id {last[:80]!r} is none", code="invalid_value", field="last-event-id")
@@ -157,16 +161,16 @@ async def events(exchange: Exchange) -> Answer | web.StreamResponse:
 
 
 async def cancel(exchange: Exchange) -> Answer:
-    kept = exchange.state.part(Runs).find(exchange.caller, exchange.path("id"))
+    kept = exchange.state.part(Runs).shelf.find(exchange.caller, exchange.path("id"))
     await kept.cancel()
     return Answer(kept.info)
 
 
 async def delete(exchange: Exchange) -> Answer:
-    runs = exchange.state.part(Runs)
-    kept = runs.find(exchange.caller, exchange.path("id"))
+    shelf = exchange.state.part(Runs).shelf
+    kept = shelf.find(exchange.caller, exchange.path("id"))
     await kept.cancel()
-    runs.forget(kept)
+    shelf.forget(kept.info.id)
     return Answer(kept.info)
 
 

@@ -32,7 +32,7 @@ from weft.gateway.runs.inline_types import (
 from weft.runtime.errors import BudgetExceeded, RequestError
 
 _HOLE = re.compile(r"\{\{|\}\}|\{([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z0-9_]+)*)\}")
-_LONGEST = 1 << 22  # characters of a text that was filled in
+_LONGEST = 1 << 24  # characters of all texts that were filled in
 
 
 def made_of(program: Inline, tools: Mapping[str, Tool]) -> ir.SglFunction:
@@ -51,11 +51,11 @@ class _Interpreter:
 
     def __init__(self, tools: Mapping[str, Tool], arguments: Mapping[str, Any]) -> None:
         self._tools, self._arguments = tools, dict(arguments)
-        self._done = 0
+        self._done = self._said = 0
 
     def run(self, s: Any, steps: list[Step]) -> None:
         for step in steps:
-            self._done += 1
+            self._done += 1 + len(getattr(step, "branches", ()))
             if self._done > MOST_RUN:
                 raise BudgetExceeded("steps", MOST_RUN, "a program does no more")
             self._step(s, step)
@@ -163,8 +163,9 @@ class _Interpreter:
 
     def _filled(self, s: Any, text: str) -> str:
         filled = _HOLE.sub(lambda hole: _text(self._at(s, hole[1])) if hole[1] else hole[0][0], text)
-        if len(filled) > _LONGEST:
-            raise RequestError("text", len(filled), f"at most {_LONGEST} characters")
+        self._said += len(filled)
+        if self._said > _LONGEST:
+            raise BudgetExceeded("characters", _LONGEST, "a program says no more")
         return filled
 
     def _at(self, s: Any, path: str) -> Any:

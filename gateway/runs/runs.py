@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +14,8 @@ from sglang.lang.ir import SglFunction
 
 from weft.backend.executor import Limits, Piece, ProgramError, ProgramExecutor, Run, Took
 from weft.gateway.chat.base import receipt
-from weft.gateway.http.errors import HttpError
 from weft.gateway.http.keys import Caller
+from weft.gateway.http.shelf import Shelf
 from weft.gateway.http.state import State
 from weft.gateway.runs.registry import Registry
 from weft.gateway.runs.types import RunError, RunEvent, RunInfo, RunOptions, RunReceipt
@@ -38,6 +37,10 @@ class Kept:
     ended: bool = False
     size: int = 2048
     _more: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def under_way(self) -> bool:
+        return not self.ended
 
     def tell(self, event: RunEvent) -> None:
         event.id = len(self.events)
@@ -77,19 +80,10 @@ class Runs:
         self._state = state
         self.registry = Registry(state.config.programs)
         self._executor = ProgramExecutor(state.engine, thinking=state.config.thinking)
-        self._kept: OrderedDict[str, Kept] = OrderedDict()
+        self.shelf: Shelf[Kept] = Shelf("run", state.config.bounds.kept, state.config.bounds.kept_bytes)
 
     def close(self) -> None:
         self._executor.close()
-
-    def __iter__(self) -> Any:
-        return reversed(self._kept.values())
-
-    def find(self, caller: Caller, id: str) -> Kept:
-        kept = self._kept.get(id)
-        if kept is None or kept.owner != caller.key:
-            raise HttpError(404, f"there is no run {id[:80]!r}", code="run_not_found")
-        return kept
 
     def begin(self, caller: Caller, name: str, tag: str, hash: str, asked: RunOptions) -> Kept:
         info = RunInfo(
@@ -102,19 +96,8 @@ class Runs:
             metadata=asked.metadata,
         )
         kept = Kept(info, caller.key, asked.background)
-        self._kept[info.id] = kept
-        bounds = self._state.config.bounds
-        size = sum(own.size for own in self._kept.values()) if len(self._kept) % 64 == 0 else 0
-        for id, own in list(self._kept.items()):
-            if len(self._kept) <= bounds.kept and size <= bounds.kept_bytes:
-                break
-            if own.ended:
-                size -= own.size
-                del self._kept[id]
+        self.shelf.put(info.id, kept)
         return kept
-
-    def forget(self, kept: Kept) -> None:
-        self._kept.pop(kept.info.id, None)
 
     async def make(
         self, kept: Kept, program: SglFunction, arguments: Mapping[str, Any], asked: RunOptions, namespace: str
@@ -137,7 +120,7 @@ class Runs:
         except Exception as error:
             info.status, info.error = "failed", _error(error)
             if isinstance(error, Overloaded) and not info.usage.receipts:  # it was never begun
-                self.forget(kept)
+                self.shelf.forget(info.id)
                 raise
         finally:
             info.ended_at = time.time()

@@ -127,6 +127,8 @@ def test_choices_and_several_calls() -> None:
     assert auto is not None and auto.optional and accepts(auto, two.removeprefix(f"\n\n<{DSML}"))
     empty_line = one.replace('"now">\n', '"now">\n\n')  # as encoding_dsv4.py of the first release lays it out
     assert empty_line != one and accepts(tool_grammar(TOOLS, "required"), empty_line)
+    form = tool_grammar(TOOLS, "auto", answer='{"type": "boolean"}')
+    assert accepts(form, "true") and accepts(form, two) and not accepts(form, "maybe")
     assert tool_grammar([]) is None and tool_grammar(TOOLS, "none") is not None
 
 

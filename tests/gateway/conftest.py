@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from support.gateway import Gateway, serving
+from support.gateway import Gateway, serving, small_engine
 from weft.runtime.cache.capacity import PoolSizes
 from weft.runtime.engine.config import EngineConfig
 from weft.runtime.engine.front import Engine
@@ -22,4 +22,11 @@ def embedded() -> Engine:
 def gateway() -> Iterator[Gateway]:
     programs = ["weft.programs.fork_and_judge", "weft.programs.extraction", "support.served"]
     with serving(embedded, programs=programs) as made:
+        yield made
+
+
+@pytest.fixture
+def small() -> Iterator[Gateway]:
+    """Four slots, random weights, a server of its own."""
+    with serving(small_engine) as made:
         yield made

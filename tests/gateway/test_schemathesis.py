@@ -31,7 +31,7 @@ CONFIG = """
 
 
 @pytest.fixture
-def small() -> Iterator[Gateway]:
+def short() -> Iterator[Gateway]:
     """Its model draws to the end of a short context at once; any name is its."""
     programs = ["support.served"]
     with serving(open_engine, programs=programs, names=[MODEL, "*"], keepalive=5.0) as made:
@@ -54,13 +54,13 @@ def fuzz(gateway: Gateway, folder: Path, seconds: int) -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-def test_for_half_a_minute(small: Gateway, tmp_path: Path) -> None:
-    fuzz(small, tmp_path, 30)
+def test_for_half_a_minute(short: Gateway, tmp_path: Path) -> None:
+    fuzz(short, tmp_path, 30)
 
 
 @pytest.mark.slow
-def test_for_ten_minutes(small: Gateway, tmp_path: Path) -> None:
-    fuzz(small, tmp_path, 600)
+def test_for_ten_minutes(short: Gateway, tmp_path: Path) -> None:
+    fuzz(short, tmp_path, 600)
 
 
 def document(gateway: Gateway) -> dict[str, Any]:

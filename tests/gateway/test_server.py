@@ -6,46 +6,22 @@ import asyncio
 import gzip
 import json
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 
-from support.engine import byte_tokenizer, core_of, small_model, wait_for
-from support.gateway import MODEL, Gateway, serving
+from support.engine import core_of, wait_for
+from support.gateway import MODEL, SHORT, Gateway, serving, small_engine
 from weft.gateway.http.config import Bounds, ServeConfig
 from weft.gateway.http.keys import Keys, make_key
-from weft.runtime.cache.capacity import PoolSizes
-from weft.runtime.engine.config import EngineConfig
 from weft.runtime.engine.front import Engine
 from weft.runtime.errors import ConfigError
-
-POOLS = PoolSizes(tokens=32768, slots=4, context=8192, burst=512)
-LONG: dict[str, Any] = {"text": "x", "sampling_params": {"max_new_tokens": 6000, "ignore_eos": True}}
-SHORT: dict[str, Any] = {"text": "x", "sampling_params": {"max_new_tokens": 1}}
-
-
-def engine() -> Engine:
-    return Engine(small_model(), byte_tokenizer(), EngineConfig(pools=POOLS))
-
-
-@pytest.fixture
-def small() -> Iterator[Gateway]:
-    with serving(engine) as made:
-        yield made
-
-
-def idle(gateway: Gateway) -> bool:
-    core = core_of(gateway.engine)
-    return not core.calls and not core.sequences and not gateway.state.gate.under_way
-
 
 # -- keys -----------------------------------------------------------------------------------------------------
 
@@ -79,7 +55,7 @@ def test_keys_open_doors_of_their_own() -> None:
         make_key("bob", "user"),
         make_key("r", "admin"),
     )
-    with serving(engine, keys=f"{one}\n{two}\n{three}") as gateway, gateway.http() as client:
+    with serving(small_engine, keys=f"{one}\n{two}\n{three}") as gateway, gateway.http() as client:
         assert client.get("/health").status_code == 200
         refused = client.post("/generate", json=SHORT)
         assert refused.status_code == 401 and refused.headers["www-authenticate"] == "Bearer"
@@ -107,11 +83,18 @@ def test_keys_open_doors_of_their_own() -> None:
         assert client.get(f"/v1/responses/{made['id']}", headers={"x-api-key": bob}).status_code == 404
 
 
+def test_without_keys_only_this_machine_is_served(small: Gateway) -> None:
+    """Whatever a page elsewhere makes its own name mean."""
+    with small.http() as client:
+        assert client.post("/generate", json=SHORT, headers={"host": "evil.example"}).status_code == 403
+        assert client.post("/generate", json=SHORT, headers={"host": "localhost:30000"}).status_code == 200
+
+
 # -- bodies ---------------------------------------------------------------------------------------------------
 
 
 def test_bodies_are_bounded() -> None:
-    with serving(engine, body=10_000, small=500) as gateway, gateway.http() as client:
+    with serving(small_engine, body=10_000, small=500) as gateway, gateway.http() as client:
         headers = {"content-type": "application/json"}
         assert client.post("/generate", content=b"[" * 10_001, headers=headers).status_code == 413
         parts = iter([b"["] * 3 + [b"x" * 10_000])
@@ -162,7 +145,7 @@ def many(gateway: Gateway, count: int, body: dict[str, Any], **options: Any) -> 
 
 def test_the_queue_is_bounded() -> None:
     body = {"text": "x", "sampling_params": {"max_new_tokens": 40, "ignore_eos": True}}
-    with serving(engine, queue=6) as gateway:
+    with serving(small_engine, queue=6) as gateway:
         answers = many(gateway, 20, body)
         statuses = [answer.status_code for answer in answers]
         assert set(statuses) == {200, 503} and statuses.count(200) >= 6
@@ -179,7 +162,7 @@ def test_the_queue_is_bounded() -> None:
 def test_no_key_takes_all_places() -> None:
     (alice, one), (bob, two) = make_key("alice", "user"), make_key("bob", "user")
     body = {"text": "x", "sampling_params": {"max_new_tokens": 400, "ignore_eos": True}}
-    with serving(engine, keys=f"{one}\n{two}", queue=8, share=0.5) as gateway:
+    with serving(small_engine, keys=f"{one}\n{two}", queue=8, share=0.5) as gateway:
         statuses: list[int] = []
         thread = threading.Thread(
             target=lambda: statuses.extend(
@@ -193,104 +176,6 @@ def test_no_key_takes_all_places() -> None:
         assert sorted(statuses) == [200] * 4 + [429] * 4 and other.status_code == 200
 
 
-# -- leaving --------------------------------------------------------------------------------------------------
-
-
-def leave(gateway: Gateway, body: dict[str, Any], when: Callable[[], bool], path: str = "/generate") -> None:
-    """Ask, wait, and hang up."""
-    raw = json.dumps(body).encode()
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
-    )
-    with socket.create_connection(("127.0.0.1", gateway.server.port)) as connection:
-        connection.sendall(head.encode() + raw)
-        wait_for(when)
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_leaving_ends_what_was_asked(small: Gateway, stream: bool) -> None:
-    core = core_of(small.engine)
-    drawing = lambda: any(getattr(call, "drawn_count", 0) > 2 for call in list(core.calls.values()))  # noqa: E731
-    leave(small, {**LONG, "stream": stream}, drawing)
-    wait_for(lambda: idle(small), seconds=5)
-    core.pools.check()
-
-
-def test_leaving_in_the_prefill_and_in_the_queue(small: Gateway) -> None:
-    core = core_of(small.engine)
-    prompt = {"input_ids": [5 + i % 200 for i in range(8000)], "sampling_params": {"max_new_tokens": 4}}
-    leave(small, prompt, lambda: bool(core.calls))
-    wait_for(lambda: idle(small), seconds=5)
-    several = {**LONG, "sampling_params": {**LONG["sampling_params"], "n": 12}}
-    leave(small, several, lambda: len(core.calls) == 12)  # of which four have slots
-    wait_for(lambda: idle(small), seconds=5)
-    core.pools.check()
-
-
-def test_every_api_lets_go(gateway: Gateway) -> None:
-    messages = [{"role": "user", "content": "What is 2 + 3?"}]
-    endless = {"ignore_eos": True, "min_tokens": 3000}
-    core = core_of(gateway.engine)
-    busy = lambda: bool(core.calls)  # noqa: E731
-    asked: list[tuple[str, dict[str, Any]]] = [
-        ("/v1/chat/completions", {"messages": messages, "stream": True, "max_tokens": 4000, **endless}),
-        ("/v1/chat/completions", {"messages": messages, "n": 3, "max_tokens": 4000, **endless}),
-        ("/v1/completions", {"prompt": "x", "max_tokens": 4000, **endless}),
-        ("/v1/programs/endless/runs", {"stream": True}),
-        ("/v1/programs/endless/runs", {}),
-    ]
-    for path, body in asked:
-        leave(gateway, {"model": MODEL, **body}, busy, path)
-        wait_for(lambda: not core.calls, seconds=5)
-
-
-def test_abort(small: Gateway) -> None:
-    answers: list[httpx2.Response] = []
-    with small.http() as client:
-        thread = threading.Thread(target=lambda: answers.append(small.post("/generate", {**LONG, "rid": "r"})))
-        thread.start()
-        wait_for(lambda: bool(core_of(small.engine).calls))
-        assert client.post("/abort_request", json={"rid": "r"}).status_code == 200
-        thread.join()
-        assert answers[0].status_code == 409
-        wait_for(lambda: idle(small), seconds=5)
-        assert client.post("/abort_request", json={}).status_code == 400
-
-
-# -- streams --------------------------------------------------------------------------------------------------
-
-
-def test_a_silent_stream_shows_life() -> None:
-    with serving(engine, keepalive=0.05) as gateway, gateway.http() as client:
-        slow = {"input_ids": [5 + i % 200 for i in range(8000)], "stream": True}
-        slow["sampling_params"] = {"max_new_tokens": 2}
-        with client.stream("POST", "/generate", json=slow) as answer:
-            raw = b"".join(answer.iter_bytes())
-        assert raw.startswith(b": keepalive\n\n") and raw.endswith(b"data: [DONE]\n\n")
-
-
-def test_an_error_before_the_first_event_has_a_status(small: Gateway) -> None:
-    wrong = {"text": "x", "stream": True, "sampling_params": {"regex": "a(?=b)", "max_new_tokens": 4}}
-    with small.http() as client:
-        answer = client.post("/generate", json=wrong)
-        assert answer.status_code == 400 and answer.json()["error"]["field"] == "regex"
-
-
-def test_a_death_of_the_core_is_not_seen(small: Gateway) -> None:
-    """What was under way is drawn again, to the same tokens."""
-    body = {"text": "x", "sampling_params": {"max_new_tokens": 300, "ignore_eos": True, "sampling_seed": 3}}
-    with small.http() as client:
-        expected = client.post("/generate", json=body).json()["text"]
-        found: list[str] = []
-        thread = threading.Thread(target=lambda: found.append(small.post("/generate", body).json()["text"]))
-        thread.start()
-        core = core_of(small.engine)
-        wait_for(lambda: any(getattr(call, "drawn_count", 0) > 20 for call in list(core.calls.values())))
-        core.step = None  # type: ignore[assignment,method-assign]
-        thread.join()
-        assert found == [expected]
-
-
 # -- start and end --------------------------------------------------------------------------------------------
 
 
@@ -299,7 +184,7 @@ def test_it_answers_while_it_loads() -> None:
 
     def slow() -> Engine:
         assert may_load.wait(30)
-        return engine()
+        return small_engine()
 
     with serving(slow, wait=False) as gateway, gateway.http() as client:
         assert client.get("/health").json()["stage"] == "loading"
@@ -336,7 +221,7 @@ def test_metrics(small: Gateway) -> None:
 
 
 def test_a_draining_server_ends_what_it_began() -> None:
-    with serving(engine) as gateway:
+    with serving(small_engine) as gateway:
         body = {"text": "x", "sampling_params": {"max_new_tokens": 300, "ignore_eos": True}}
         answers: list[httpx2.Response] = []
         thread = threading.Thread(target=lambda: answers.append(gateway.post("/generate", body)))

@@ -11,17 +11,29 @@ from typing import Any, TypeVar
 
 import httpx2
 
+from support.engine import byte_tokenizer, small_model
 from weft.gateway.http.config import Bounds, ServeConfig
 from weft.gateway.http.keys import Keys
 from weft.gateway.http.server import Server
 from weft.gateway.http.start import prepare
 from weft.gateway.http.state import State
+from weft.runtime.cache.capacity import PoolSizes
+from weft.runtime.engine.config import EngineConfig
 from weft.runtime.engine.front import Engine
 
 T = TypeVar("T")
 
 MODEL = "deepseek-v4"
 SECONDS = 60.0
+
+
+POOLS = PoolSizes(tokens=32768, slots=4, context=8192, burst=512)
+LONG: dict[str, Any] = {"text": "x", "sampling_params": {"max_new_tokens": 6000, "ignore_eos": True}}
+SHORT: dict[str, Any] = {"text": "x", "sampling_params": {"max_new_tokens": 1}}
+
+
+def small_engine() -> Engine:
+    return Engine(small_model(), byte_tokenizer(), EngineConfig(pools=POOLS))
 
 
 @dataclass

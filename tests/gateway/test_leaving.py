@@ -1,0 +1,114 @@
+"""Clients that leave, streams that are silent, cores that die."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import httpx2
+import pytest
+
+from support.engine import core_of, wait_for
+from support.gateway import LONG, MODEL, Gateway, serving, small_engine
+
+
+def idle(gateway: Gateway) -> bool:
+    core = core_of(gateway.engine)
+    return not core.calls and not core.sequences and not gateway.state.gate.under_way
+
+
+def leave(gateway: Gateway, body: dict[str, Any], when: Callable[[], bool], path: str = "/generate") -> None:
+    """Ask, wait, and hang up."""
+    raw = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(raw)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", gateway.server.port)) as connection:
+        connection.sendall(head.encode() + raw)
+        wait_for(when)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_leaving_ends_what_was_asked(small: Gateway, stream: bool) -> None:
+    core = core_of(small.engine)
+    drawing = lambda: any(getattr(call, "drawn_count", 0) > 2 for call in list(core.calls.values()))  # noqa: E731
+    leave(small, {**LONG, "stream": stream}, drawing)
+    wait_for(lambda: idle(small), seconds=5)
+    core.pools.check()
+
+
+def test_leaving_in_the_prefill_and_in_the_queue(small: Gateway) -> None:
+    core = core_of(small.engine)
+    prompt = {"input_ids": [5 + i % 200 for i in range(8000)], "sampling_params": {"max_new_tokens": 4}}
+    leave(small, prompt, lambda: bool(core.calls))
+    wait_for(lambda: idle(small), seconds=5)
+    several = {**LONG, "sampling_params": {**LONG["sampling_params"], "n": 12}}
+    leave(small, several, lambda: len(core.calls) == 12)  # of which four have slots
+    wait_for(lambda: idle(small), seconds=5)
+    core.pools.check()
+
+
+def test_every_api_lets_go(gateway: Gateway) -> None:
+    messages = [{"role": "user", "content": "What is 2 + 3?"}]
+    endless = {"ignore_eos": True, "min_tokens": 3000}
+    core = core_of(gateway.engine)
+    busy = lambda: bool(core.calls)  # noqa: E731
+    asked: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/chat/completions", {"messages": messages, "stream": True, "max_tokens": 4000, **endless}),
+        ("/v1/chat/completions", {"messages": messages, "n": 3, "max_tokens": 4000, **endless}),
+        ("/v1/completions", {"prompt": "x", "max_tokens": 4000, **endless}),
+        ("/v1/programs/endless/runs", {"stream": True}),
+        ("/v1/programs/endless/runs", {}),
+    ]
+    for path, body in asked:
+        leave(gateway, {"model": MODEL, **body}, busy, path)
+        wait_for(lambda: not core.calls, seconds=5)
+
+
+def test_abort(small: Gateway) -> None:
+    answers: list[httpx2.Response] = []
+    with small.http() as client:
+        thread = threading.Thread(target=lambda: answers.append(small.post("/generate", {**LONG, "rid": "r"})))
+        thread.start()
+        wait_for(lambda: bool(core_of(small.engine).calls))
+        assert client.post("/abort_request", json={"rid": "r"}).status_code == 200
+        thread.join()
+        assert answers[0].status_code == 409
+        wait_for(lambda: idle(small), seconds=5)
+        assert client.post("/abort_request", json={}).status_code == 400
+
+
+# -- streams --------------------------------------------------------------------------------------------------
+
+
+def test_a_silent_stream_shows_life() -> None:
+    with serving(small_engine, keepalive=0.05) as gateway, gateway.http() as client:
+        slow = {"input_ids": [5 + i % 200 for i in range(8000)], "stream": True}
+        slow["sampling_params"] = {"max_new_tokens": 2}
+        with client.stream("POST", "/generate", json=slow) as answer:
+            raw = b"".join(answer.iter_bytes())
+        assert raw.startswith(b": keepalive\n\n") and raw.endswith(b"data: [DONE]\n\n")
+
+
+def test_an_error_before_the_first_event_has_a_status(small: Gateway) -> None:
+    wrong = {"text": "x", "stream": True, "sampling_params": {"regex": "a(?=b)", "max_new_tokens": 4}}
+    with small.http() as client:
+        answer = client.post("/generate", json=wrong)
+        assert answer.status_code == 400 and answer.json()["error"]["field"] == "regex"
+
+
+def test_a_death_of_the_core_is_not_seen(small: Gateway) -> None:
+    """What was under way is drawn again, to the same tokens."""
+    body = {"text": "x", "sampling_params": {"max_new_tokens": 300, "ignore_eos": True, "sampling_seed": 3}}
+    with small.http() as client:
+        expected = client.post("/generate", json=body).json()["text"]
+        found: list[str] = []
+        thread = threading.Thread(target=lambda: found.append(small.post("/generate", body).json()["text"]))
+        thread.start()
+        core = core_of(small.engine)
+        wait_for(lambda: any(getattr(call, "drawn_count", 0) > 20 for call in list(core.calls.values())))
+        core.step = None  # type: ignore[assignment,method-assign]
+        thread.join()
+        assert found == [expected]
