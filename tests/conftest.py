@@ -5,6 +5,7 @@ Helpers shared by tests live in `tests/support/` and are imported as `support.<m
 folders have no `__init__.py`, so two of them may hold files of one name.
 """
 
+import os
 import random
 import socket
 import sys
@@ -17,6 +18,10 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)  # workers share two cores
+
+# Triton reads this when a kernel is defined, so it stands before any is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # The examples of a test depend on it alone, and a busy machine is no failure.
 settings.register_profile("weft", derandomize=True, deadline=None)
