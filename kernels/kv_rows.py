@@ -1,20 +1,21 @@
 """How KV rows and indexer keys are stored: dense, or paged in the byte layouts the GPU kernels read.
 
 A row is addressed by its number; rows of a page are consecutive. Row 0 is the null row: zeros, never stored.
-The FP8 and FP4 page layouts are the public ones of FlashMLA and DeepGEMM for DeepSeek-V4: all data of a page
-first, then all scales. At V4's sizes a KV row takes 448 + 128 + 8 = 584 bytes, an indexer key 132 (FP8) or 68
-(FP4).
+What the bytes of a page mean is said once, in `kernels/layouts.py`.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from weft.kernels.quant import FP4_GROUP, FP4_MAX, FP8_GROUP, FP8_MAX, e2m1_codes, e2m1_values, e8m0, power_of_two
+from weft.kernels.layouts import CODE_MAX, SCALE_BYTES, RowLayout
+from weft.kernels.quant import e2m1_codes, e2m1_values, e8m0, power_of_two
+
+# The least e4m3 scale: a smaller one would be 0.
+_LEAST_E4M3 = 2.0**-9
 
 
 class Rows(Protocol):
@@ -30,8 +31,8 @@ class Rows(Protocol):
     def store(self, index: Tensor, values: Tensor) -> None:
         """Write values [N, d] float32, rounded to the format, to rows index [N] int64 (no duplicates)."""
 
-    def copy_page(self, source: int, target: int, page: int) -> int:
-        """Copy `page` rows; source and target are the first row of a page. Returns how many bytes they are."""
+    def copy_pages(self, source: Tensor, target: Tensor, page: int) -> int:
+        """Copy `page` rows each; source and target: [n] int64 numbers of pages. Returns how many bytes they are."""
 
 
 class DenseRows:
@@ -50,105 +51,98 @@ class DenseRows:
     def store(self, index: Tensor, values: Tensor) -> None:
         self.tensor.index_copy_(0, index, values.to(self.tensor.dtype))
 
-    def copy_page(self, source: int, target: int, page: int) -> int:
-        rows = self.tensor[source : source + page]
-        self.tensor[target : target + page] = rows
-        return rows.nbytes
+    def copy_pages(self, source: Tensor, target: Tensor, page: int) -> int:
+        pages = self.tensor.view(-1, page, self.tensor.shape[1])
+        pages[target] = pages[source]
+        return len(source) * pages[0].nbytes
 
 
-class _Pages:
-    """uint8 pages of `page` rows: data_bytes per row, then scale_bytes per row, padded to `multiple` bytes."""
+class PagedRows:
+    """uint8 pages [pages, layout.page_bytes] on a device: what the ops of `kernels/gpu` call `Paged`.
 
-    def __init__(self, pages: int, page: int, data_bytes: int, scale_bytes: int, multiple: int = 1) -> None:
-        size = math.ceil(page * (data_bytes + scale_bytes) / multiple) * multiple
-        self.page = page
-        self.bytes = torch.zeros(pages, size, dtype=torch.uint8)
-        self.data = self.bytes[:, : page * data_bytes].unflatten(1, (page, data_bytes))
-        scales = self.bytes[:, page * data_bytes : page * (data_bytes + scale_bytes)]
-        self.scales = scales.unflatten(1, (page, scale_bytes))
+    Quantising is written for CPUs; on a GPU the ops store and read.
+    """
+
+    def __init__(self, pages: int, layout: RowLayout, device: torch.device | str = "cpu") -> None:
+        self.layout = layout
+        self.bytes = torch.zeros(pages, layout.page_bytes, dtype=torch.uint8, device=device)
+        page, at = layout.page, layout.scales_at
+        self._data = self.bytes[:, :at].unflatten(1, (page, layout.data_bytes))
+        scales = self.bytes[:, at : at + page * layout.scale_bytes]
+        self._scales = scales.unflatten(1, (page, layout.scale_bytes))
 
     @property
     def nbytes(self) -> int:
         return self.bytes.nbytes
 
-    def read(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        page, row = index // self.page, index % self.page
-        return self.data[page, row], self.scales[page, row]
-
-    def write(self, index: Tensor, data: Tensor, scales: Tensor) -> None:
-        page, row = index // self.page, index % self.page
-        self.data[page, row] = data
-        self.scales[page, row] = scales
-
-    def copy_page(self, source: int, target: int, page: int) -> int:
-        assert page == self.page
-        self.bytes[target // page] = self.bytes[source // page]
-        return self.bytes[0].nbytes
-
-
-class Fp8KvRows(_Pages):
-    """KV rows: e4m3 non-RoPE channels with one power-of-two scale per 64, bfloat16 RoPE channels.
-
-    Scale 2^ceil(log2(max(amax, 1e-4) / 448)) as a biased byte, padded to a multiple of 8 bytes per row; a page is
-    padded to a multiple of the row's data, as FlashMLA's address arithmetic wants it.
-    """
-
-    def __init__(self, pages: int, page: int, nope: int, rope: int) -> None:
-        self.nope = nope
-        self.groups = math.ceil(nope / FP8_GROUP)
-        data = nope + 2 * rope
-        super().__init__(pages, page, data, math.ceil(self.groups / 8) * 8, multiple=data)
-
     def gather(self, index: Tensor) -> Tensor:
-        data, scales = self.read(index)
-        factor = e8m0_values(scales[:, : self.groups]).repeat_interleave(FP8_GROUP, dim=1)[:, : self.nope]
-        nope = e4m3_values(data[:, : self.nope]) * factor
-        return torch.cat((nope, data[:, self.nope :].contiguous().view(torch.bfloat16).float()), 1)
+        layout = self.layout
+        page, row = index // layout.page, index % layout.page
+        data = self._data[page, row]
+        scales = scale_values(self._scales[page, row], layout)
+        coded = code_values(data[:, : layout.coded_bytes], layout)
+        coded = coded * scales.repeat_interleave(layout.group, dim=1)[:, : layout.coded]
+        if not layout.plain:
+            return coded
+        plain = data[:, layout.coded_bytes :].contiguous().view(torch.bfloat16).float()
+        return torch.cat((coded, plain), 1)
 
     def store(self, index: Tensor, values: Tensor) -> None:
-        fill = self.groups * FP8_GROUP - self.nope
-        grouped = torch.nn.functional.pad(values[:, : self.nope], (0, fill)).unflatten(1, (self.groups, FP8_GROUP))
-        exponent = scale_exponent(grouped.abs().amax(2).clamp_min(1e-4) / FP8_MAX)
-        codes = (grouped / power_of_two(exponent)[:, :, None]).to(torch.float8_e4m3fn).flatten(1)
-        rope = values[:, self.nope :].to(torch.bfloat16).view(torch.uint8)
-        scales = torch.zeros(len(index), self.scales.shape[2], dtype=torch.uint8)
-        scales[:, : self.groups] = e8m0(exponent).view(torch.uint8)
-        self.write(index, torch.cat((codes[:, : self.nope].view(torch.uint8), rope), 1), scales)
+        layout = self.layout
+        page, row = index // layout.page, index % layout.page
+        codes, scales = quantise(values[:, : layout.coded], layout)
+        if layout.plain:
+            plain = values[:, layout.coded :].to(torch.bfloat16).view(torch.uint8)
+            codes = torch.cat((codes, plain), 1)
+        self._data[page, row] = codes
+        fill = layout.scale_bytes - scales.shape[1]
+        self._scales[page, row] = torch.nn.functional.pad(scales, (0, fill)) if fill else scales
+
+    def copy_pages(self, source: Tensor, target: Tensor, page: int) -> int:
+        assert page == self.layout.page
+        self.bytes[target] = self.bytes[source]
+        return len(source) * self.layout.page_bytes
 
 
-class Fp8Keys(_Pages):
-    """Indexer keys: e4m3 with one float32 scale per key, amax / 448."""
+def quantise(values: Tensor, layout: RowLayout) -> tuple[Tensor, Tensor]:
+    """The codes and scales of a row's coded channels: [N, coded] float32 -> [N, coded_bytes] and [N, bytes of the
+    groups' scales], uint8. Two e2m1 codes share a byte, the even channel in its low half."""
+    fill = layout.groups * layout.group - layout.coded
+    padded = torch.nn.functional.pad(values, (0, fill)) if fill else values
+    grouped = padded.unflatten(1, (layout.groups, layout.group))
+    top = CODE_MAX[layout.codes]
+    scale, stored = _scale(grouped.abs().amax(2).clamp_min(layout.least) / top, layout)
+    scaled = (grouped / scale[:, :, None]).flatten(1)[:, : layout.coded]
+    if layout.codes == "e4m3":
+        return scaled.to(torch.float8_e4m3fn).view(torch.uint8), stored
+    codes = e2m1_codes(scaled.clamp(-top, top))
+    return codes[:, 0::2] | (codes[:, 1::2] << 4), stored
 
-    def __init__(self, pages: int, page: int, dim: int) -> None:
-        super().__init__(pages, page, dim, 4)
 
-    def gather(self, index: Tensor) -> Tensor:
-        data, scales = self.read(index)
-        return e4m3_values(data) * scales.contiguous().view(torch.float32)
+def _scale(ratio: Tensor, layout: RowLayout) -> tuple[Tensor, Tensor]:
+    """[N, groups] of what a group's largest code must stand for -> scales in float32, and as bytes."""
+    if layout.scales == "float32":
+        return ratio, ratio.contiguous().view(torch.uint8)
+    if layout.scales == "e8m0":
+        exponent = scale_exponent(ratio)
+        return power_of_two(exponent), e8m0(exponent).view(torch.uint8)
+    narrow = ratio.clamp(_LEAST_E4M3, CODE_MAX["e4m3"]).to(torch.float8_e4m3fn)
+    return narrow.float(), narrow.view(torch.uint8)
 
-    def store(self, index: Tensor, values: Tensor) -> None:
-        scale = values.abs().amax(1, keepdim=True).clamp_min(1e-4) / FP8_MAX
-        codes = (values / scale).to(torch.float8_e4m3fn)
-        self.write(index, codes.view(torch.uint8), scale.view(torch.uint8))
+
+def code_values(data: Tensor, layout: RowLayout) -> Tensor:
+    """[N, coded_bytes] uint8 -> [N, coded] float32, unscaled."""
+    if layout.codes == "e4m3":
+        return e4m3_values(data)
+    return e2m1_values(torch.stack((data & 15, data >> 4), 2).flatten(1))
 
 
-class Fp4Keys(_Pages):
-    """Indexer keys: e2m1, even channel in the low nibble, one power-of-two scale per 32 channels."""
-
-    def __init__(self, pages: int, page: int, dim: int) -> None:
-        self.group = min(FP4_GROUP, dim)
-        super().__init__(pages, page, dim // 2, dim // self.group)
-
-    def gather(self, index: Tensor) -> Tensor:
-        data, scales = self.read(index)
-        pairs = torch.stack((data & 15, data >> 4), 2).flatten(1)
-        return e2m1_values(pairs) * e8m0_values(scales).repeat_interleave(self.group, dim=1)
-
-    def store(self, index: Tensor, values: Tensor) -> None:
-        grouped = values.unflatten(1, (-1, self.group))
-        exponent = scale_exponent(grouped.abs().amax(2).clamp_min(FP4_MAX * 2.0**-126) / FP4_MAX)
-        codes = e2m1_codes((grouped / power_of_two(exponent)[:, :, None]).flatten(1))
-        self.write(index, codes[:, 0::2] | (codes[:, 1::2] << 4), e8m0(exponent).view(torch.uint8))
+def scale_values(data: Tensor, layout: RowLayout) -> Tensor:
+    """[N, scale_bytes] uint8 -> [N, groups] float32."""
+    own = data[:, : layout.groups * SCALE_BYTES[layout.scales]].contiguous()
+    if layout.scales == "float32":
+        return own.view(torch.float32)
+    return e8m0_values(own) if layout.scales == "e8m0" else e4m3_values(own)
 
 
 def scale_exponent(ratio: Tensor) -> Tensor:

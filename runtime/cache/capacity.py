@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from weft.kernels.layouts import RowLayout, keys_fp4, keys_fp8, kv_fp8
 from weft.runtime.config import C4, C128, LayerKind, ModelConfig
 
 PageKind = Literal["window", "c4", "c128"]
@@ -121,17 +122,24 @@ class Capacity:
         return self.config.num_hidden_layers + self.config.has_mtp
 
     def _kv_page(self) -> int:
-        config, page = self.config, self.sizes.page
-        if self.kv_format == "model":
-            return page * config.head_dim * self.itemsize
-        data = config.nope_head_dim + 2 * config.qk_rope_head_dim
-        scales = math.ceil(math.ceil(config.nope_head_dim / 64) / 8) * 8
-        return math.ceil(page * (data + scales) / data) * data
+        layout = kv_layout(self.config, self.sizes, self.kv_format)
+        return layout.page_bytes if layout else self.sizes.page * self.config.head_dim * self.itemsize
 
     def _index_page(self) -> int:
-        dim = self.config.index_head_dim
-        row = {"model": dim * self.itemsize, "fp8": dim + 4, "fp4": dim // 2 + dim // min(32, dim)}
-        return self.sizes.page * row[self.index_format]
+        layout = index_layout(self.config, self.sizes, self.index_format)
+        return layout.page_bytes if layout else self.sizes.page * self.config.index_head_dim * self.itemsize
+
+
+def kv_layout(config: ModelConfig, sizes: PoolSizes, form: KvFormat) -> RowLayout | None:
+    """Of window rows and entries; None if they are stored in the model's dtype."""
+    return kv_fp8(sizes.page, config.nope_head_dim, config.qk_rope_head_dim) if form == "fp8" else None
+
+
+def index_layout(config: ModelConfig, sizes: PoolSizes, form: IndexFormat) -> RowLayout | None:
+    """Of indexer keys."""
+    if form == "model":
+        return None
+    return (keys_fp8 if form == "fp8" else keys_fp4)(sizes.page, config.index_head_dim)
 
 
 def kinds_of_layers(config: ModelConfig) -> tuple[LayerKind, ...]:

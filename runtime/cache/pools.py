@@ -9,9 +9,13 @@ Fixed per-sequence state (compressor tails, last streams) lives in slots.
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
 
-from weft.kernels.kv_rows import DenseRows, Fp4Keys, Fp8Keys, Fp8KvRows, Rows
+import torch
+from torch import Tensor
+
+from weft.kernels.kv_rows import DenseRows, PagedRows, Rows
+from weft.kernels.layouts import RowLayout
 from weft.runtime.cache.capacity import (
     C4_TAIL,
     KINDS,
@@ -19,7 +23,9 @@ from weft.runtime.cache.capacity import (
     KvFormat,
     PageKind,
     PoolSizes,
+    index_layout,
     kinds_of_layers,
+    kv_layout,
 )
 from weft.runtime.cache.pages import PageAllocator
 from weft.runtime.config import ModelConfig
@@ -36,11 +42,14 @@ class Pools:
         *,
         kv_format: KvFormat = "model",
         index_format: IndexFormat = "model",
+        device: torch.device | str = "cpu",
     ) -> None:
-        """dtype: of streams, and of rows in format "model"; fp8 and fp4 are the released model's layouts."""
+        """dtype: of streams, and of rows in format "model"; fp8 and fp4 are the released model's layouts.
+        device: of rows and slot state; page tables are the host's."""
         self.config = config
         self.sizes = sizes
         self.dtype = dtype
+        self.device = torch.device(device)
         page, dim = sizes.page, config.head_dim
         pages = {kind: sizes.pages(kind, config.sliding_window) for kind in KINDS}
         self.allocators = {kind: PageAllocator(pages[kind]) for kind in KINDS}
@@ -49,13 +58,15 @@ class Pools:
             kind: 0 if kind == "window" else pages["window"] * page for kind in KINDS
         }
         extra = {"window": 0, "c4a": pages["c4"], "c128a": pages["c128"]}
-        self.kv = [self._kv_rows(kv_format, pages["window"] + extra[kind]) for kind in kinds_of_layers(config)]
+        layout = kv_layout(config, sizes, kv_format)
+        self.kv = [self._rows(layout, pages["window"] + extra[kind], dim) for kind in kinds_of_layers(config)]
         c4_layers, c128_layers = config.count("c4a"), config.count("c128a")
-        self.index_keys = [self._index_rows(index_format, pages["c4"]) for _ in range(c4_layers)]
+        layout, width = index_layout(config, sizes, index_format), config.index_head_dim
+        self.index_keys = [self._rows(layout, pages["c4"], width) for _ in range(c4_layers)]
         tail_width = 4 * (dim + config.index_head_dim)
-        self.c4_tail = torch.zeros(c4_layers, sizes.raw, C4_TAIL, tail_width)
-        self.c128_fold = torch.zeros(c128_layers, sizes.raw, 3, dim)
-        self.streams = torch.zeros(sizes.raw, config.hc_mult, config.hidden_size, dtype=dtype)
+        self.c4_tail = self._zeros(c4_layers, sizes.raw, C4_TAIL, tail_width)
+        self.c128_fold = self._zeros(c128_layers, sizes.raw, 3, dim)
+        self.streams = self._zeros(sizes.raw, config.hc_mult, config.hidden_size).to(dtype)
         # Row of the first entry of each page of a slot's sequence; 0 (the null page) where it holds none.
         self.tables = {
             kind: torch.zeros(sizes.slots, sizes.table_columns(kind), dtype=torch.int64) for kind in KINDS
@@ -69,19 +80,13 @@ class Pools:
         fixed = (self.c4_tail, self.c128_fold, self.streams, *self.tables.values())
         return sum(rows.nbytes for rows in (*self.kv, *self.index_keys)) + sum(t.nbytes for t in fixed)
 
-    def _kv_rows(self, form: KvFormat, pages: int) -> Rows:
-        config, page = self.config, self.sizes.page
-        if form == "fp8":
-            return Fp8KvRows(pages, page, config.nope_head_dim, config.qk_rope_head_dim)
-        return DenseRows(torch.zeros(pages * page, config.head_dim, dtype=self.dtype))
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, device=self.device)
 
-    def _index_rows(self, form: IndexFormat, pages: int) -> Rows:
-        dim, page = self.config.index_head_dim, self.sizes.page
-        if form == "fp8":
-            return Fp8Keys(pages, page, dim)
-        if form == "fp4":
-            return Fp4Keys(pages, page, dim)
-        return DenseRows(torch.zeros(pages * page, dim, dtype=self.dtype))
+    def _rows(self, layout: RowLayout | None, pages: int, width: int) -> Rows:
+        if layout is not None:
+            return PagedRows(pages, layout, self.device)
+        return DenseRows(self._zeros(pages * self.sizes.page, width).to(self.dtype))
 
     @property
     def free_slots(self) -> int:
@@ -97,16 +102,23 @@ class Pools:
             table[slot] = 0
         self._free_slots.append(slot)
 
-    def copy_page(self, kind: PageKind, source: int, target: int) -> None:
-        """Copy a page's rows in every layer that has this kind."""
+    def copy_pages(self, kind: PageKind, source: Sequence[int], target: Sequence[int]) -> None:
+        """Copy pages' rows in every layer that has this kind."""
+        if source:
+            self.copied += self._copy_pages(kind, torch.tensor(source), torch.tensor(target))
+
+    def _copy_pages(self, kind: PageKind, source: Tensor, target: Tensor) -> int:
+        """[n] int64 page numbers of the kind. Returns how many bytes were copied."""
         page = self.sizes.page
-        for layer, layer_kind in enumerate(kinds_of_layers(self.config)):
-            if kind == "window" or layer_kind == f"{kind}a":
-                base = self.base[kind]
-                self.copied += self.kv[layer].copy_page(base + source * page, base + target * page, page)
-        if kind == "c4":
-            for keys in self.index_keys:
-                self.copied += keys.copy_page(source * page, target * page, page)
+        first = self.base[kind] // page
+        done = sum(rows.copy_pages(first + source, first + target, page) for rows in self.kv_of(kind))
+        keys = self.index_keys if kind == "c4" else ()
+        return done + sum(rows.copy_pages(source, target, page) for rows in keys)
+
+    def kv_of(self, kind: PageKind) -> list[Rows]:
+        """The KV rows of the layers that have pages of this kind."""
+        layers = zip(self.kv, kinds_of_layers(self.config), strict=True)
+        return [rows for rows, layer in layers if kind == "window" or layer == f"{kind}a"]
 
     def copy_slot(self, source: int, target: int) -> None:
         """Copy the fixed per-sequence state and the page tables."""
@@ -116,10 +128,13 @@ class Pools:
 
     def copy_raw(self, source: int, target: int) -> None:
         """Copy tails, folds and streams between slots; those from `sizes.slots` on are the checkpoints'."""
+        self._copy_raw(source, target)
+        self.copied += self.raw_bytes
+
+    def _copy_raw(self, source: int, target: int) -> None:
         for tensor in (self.c4_tail, self.c128_fold):
             tensor[:, target] = tensor[:, source]
         self.streams[target] = self.streams[source]
-        self.copied += self.raw_bytes
 
     @property
     def raw_bytes(self) -> int:

@@ -80,12 +80,15 @@ class SequenceState:
         assert self.can_reserve(count), "reserve without can_reserve"
         for kind in KINDS:
             allocator, held = self.pools.allocators[kind], self.pages[kind]
+            shared: dict[int, int] = {}  # page -> the copy of it that is this sequence's own
             for number in self._new_pages(kind, count):
                 page = allocator.alloc()
                 if number in held:
-                    self.pools.copy_page(kind, held[number], page)
-                    allocator.release(held[number])
+                    shared[held[number]] = page
                 self._hold(kind, number, page)
+            self.pools.copy_pages(kind, [*shared], [*shared.values()])
+            for page in shared:
+                allocator.release(page)
 
     def _new_pages(self, kind: PageKind, count: int) -> list[int]:
         """Logical pages to allocate before `count` tokens: the missing ones and a shared one to be written."""

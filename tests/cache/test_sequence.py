@@ -10,7 +10,7 @@ from torch import Tensor
 
 from support.engine import free, small_config, small_model, some_tokens
 from support.run import run, run_streams, step
-from weft.kernels.kv_rows import DenseRows, Fp4Keys, Fp8Keys, Fp8KvRows
+from weft.kernels.kv_rows import DenseRows, PagedRows
 from weft.runtime.cache.base import Span
 from weft.runtime.cache.capacity import KINDS, IndexFormat, KvFormat, PoolSizes
 from weft.runtime.cache.pools import Pools
@@ -203,7 +203,7 @@ def tensors_in(value: object) -> list[Tensor]:
     """All tensors reachable from it that own their memory."""
     if isinstance(value, Tensor):
         return [value] if value._base is None else []
-    if isinstance(value, Pools | DenseRows | Fp8KvRows | Fp8Keys | Fp4Keys):
+    if isinstance(value, Pools | DenseRows | PagedRows):
         value = vars(value)
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return [tensor for part in parts for tensor in tensors_in(part)]

@@ -9,17 +9,25 @@ import torch
 from torch import Tensor
 
 from support.kernels import same_bits
-from weft.kernels.kv_rows import DenseRows, Fp4Keys, Fp8Keys, Fp8KvRows, Rows
+from weft.kernels.kv_rows import DenseRows, PagedRows, Rows
+from weft.kernels.layouts import RowLayout, keys_fp4, keys_fp8, kv_fp4_v41, kv_fp8, kv_fp8_v41
 
 ROWS, PAGE = 120, 8
+
+
+def paged(layout: RowLayout) -> PagedRows:
+    return PagedRows(ROWS // PAGE + 1, layout)
+
 
 MAKERS: dict[str, tuple[int, Callable[[], Rows]]] = {
     "float32": (64, lambda: DenseRows(torch.zeros(ROWS + PAGE, 64))),
     "bfloat16": (64, lambda: DenseRows(torch.zeros(ROWS + PAGE, 64).bfloat16())),
-    "fp8": (64, lambda: Fp8KvRows(ROWS // PAGE + 1, PAGE, 48, 16)),
-    "fp8 of the released model": (512, lambda: Fp8KvRows(ROWS // PAGE + 1, PAGE, 448, 64)),
-    "fp8 keys": (32, lambda: Fp8Keys(ROWS // PAGE + 1, PAGE, 32)),
-    "fp4 keys": (128, lambda: Fp4Keys(ROWS // PAGE + 1, PAGE, 128)),
+    "fp8": (64, lambda: paged(kv_fp8(PAGE, 48, 16))),
+    "fp8 of the released model": (512, lambda: paged(kv_fp8(PAGE, 448, 64))),
+    "fp8 of V4.1": (512, lambda: paged(kv_fp8_v41(PAGE))),
+    "fp4 of V4.1": (512, lambda: paged(kv_fp4_v41(PAGE))),
+    "fp8 keys": (32, lambda: paged(keys_fp8(PAGE, 32))),
+    "fp4 keys": (128, lambda: paged(keys_fp4(PAGE, 128))),
 }
 
 

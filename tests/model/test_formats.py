@@ -7,7 +7,8 @@ import torch
 
 from support import draw
 from support.run import pools_for, step
-from weft.kernels.kv_rows import DenseRows, Fp4Keys, Fp8Keys, Fp8KvRows
+from weft.kernels.kv_rows import DenseRows, PagedRows
+from weft.kernels.layouts import keys_fp4, keys_fp8, kv_fp4_v41, kv_fp8, kv_fp8_v41
 from weft.kernels.quant import simulate_fp4, simulate_fp8_
 from weft.runtime.cache.capacity import IndexFormat, KvFormat
 from weft.runtime.cache.sequence import SequenceState
@@ -38,15 +39,17 @@ def values(rows: int, width: int) -> torch.Tensor:
 
 
 def test_a_row_takes_the_published_bytes() -> None:
-    assert Fp8KvRows(1, 64, NOPE, ROPE).nbytes == 37440  # 64 * 584 padded to a multiple of 576
-    assert Fp8KvRows(1, 2, NOPE, ROPE).nbytes == 1728
-    assert Fp8Keys(1, 64, KEY).nbytes == 64 * 132
-    assert Fp4Keys(1, 64, KEY).nbytes == 64 * 68
+    assert PagedRows(1, kv_fp8(64, NOPE, ROPE)).nbytes == 37440  # 64 * 584 padded to a multiple of 576
+    assert PagedRows(1, kv_fp8(2, NOPE, ROPE)).nbytes == 1728
+    assert PagedRows(1, keys_fp8(64, KEY)).nbytes == 64 * 132
+    assert PagedRows(1, keys_fp4(64, KEY)).nbytes == 64 * 68
+    assert kv_fp8_v41(64).row_bytes == 528
+    assert kv_fp4_v41(64).row_bytes == 288
 
 
 @pytest.mark.parametrize("page", [1, 2, 7, 64])
 def test_fp8_rows_read_back_as_the_simulation_rounds(page: int) -> None:
-    rows = Fp8KvRows(1 + -(-40 // page), page, NOPE, ROPE)
+    rows = PagedRows(1 + -(-40 // page), kv_fp8(page, NOPE, ROPE))
     index = page + torch.randperm(40)
     x = values(40, NOPE + ROPE)
     rows.store(index, x)
@@ -57,7 +60,7 @@ def test_fp8_rows_read_back_as_the_simulation_rounds(page: int) -> None:
 
 
 def test_fp4_keys_read_back_as_the_simulation_rounds() -> None:
-    keys = Fp4Keys(3, 32, KEY)
+    keys = PagedRows(3, keys_fp4(32, KEY))
     index = 32 + torch.randperm(64)
     x = values(64, KEY)
     keys.store(index, x)
@@ -65,7 +68,7 @@ def test_fp4_keys_read_back_as_the_simulation_rounds() -> None:
 
 
 def test_fp8_keys_are_close() -> None:
-    keys = Fp8Keys(3, 32, KEY)
+    keys = PagedRows(3, keys_fp8(32, KEY))
     index = 32 + torch.randperm(64)
     x = values(64, KEY)
     keys.store(index, x)
@@ -74,9 +77,21 @@ def test_fp8_keys_are_close() -> None:
     assert (error <= torch.maximum(x.abs() / 16, top / 448 * 2**-9)).all()
 
 
+def test_rows_of_v41_are_close() -> None:
+    """e4m3 keeps 3 bits behind the leading one; e2m1 one, and its e4m3 scale three: half a step of the largest."""
+    x = values(64, 512).clamp(-400, 400)
+    for layout, part in ((kv_fp8_v41(32), 2.0**-4), (kv_fp4_v41(32), 1 / 6 + 2.0**-4)):
+        rows = PagedRows(3, layout)
+        rows.store(torch.arange(32, 96), x)
+        grouped = x.unflatten(1, (-1, layout.group))
+        least = 6 * 2.0**-6 if layout.scales == "e4m3" else layout.least  # below, scales are subnormal
+        top = grouped.abs().amax(2, keepdim=True).clamp_min(least).expand_as(grouped).flatten(1)
+        assert ((rows.gather(torch.arange(32, 96)) - x).abs() <= part * top).all()
+
+
 def test_the_page_layout_is_data_then_scales() -> None:
     """Row i: data at i * 576, scales at page * 576 + i * 8 (the address arithmetic of the GPU kernels)."""
-    rows = Fp8KvRows(2, 4, NOPE, ROPE)
+    rows = PagedRows(2, kv_fp8(4, NOPE, ROPE))
     x = values(4, NOPE + ROPE)
     rows.store(torch.arange(4, 8), x)
     page = rows.bytes[1]
@@ -92,9 +107,10 @@ def test_the_page_layout_is_data_then_scales() -> None:
 
 def test_copying_a_page_copies_every_format() -> None:
     x = values(4, 64)
-    for rows in (DenseRows(torch.zeros(12, 64)), Fp8KvRows(3, 4, 48, 16), Fp8Keys(3, 4, 64), Fp4Keys(3, 4, 64)):
+    layouts = (kv_fp8(4, 48, 16), keys_fp8(4, 64), keys_fp4(4, 64), kv_fp8_v41(4, 64), kv_fp4_v41(4, 64))
+    for rows in (DenseRows(torch.zeros(12, 64)), *(PagedRows(3, layout) for layout in layouts)):
         rows.store(torch.arange(4, 8), x)
-        rows.copy_page(4, 8, 4)
+        rows.copy_pages(torch.tensor([1]), torch.tensor([2]), 4)
         assert torch.equal(rows.gather(torch.arange(8, 12)), rows.gather(torch.arange(4, 8)))
         assert rows.gather(torch.arange(4, 8)).any()
 

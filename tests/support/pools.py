@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from weft.kernels.kv_rows import DenseRows, Fp4Keys, Fp8Keys, Fp8KvRows, Rows
+from weft.kernels.kv_rows import DenseRows, PagedRows, Rows
 from weft.runtime.cache.capacity import kinds_of_layers
 from weft.runtime.cache.pools import Pools
 
@@ -33,5 +33,5 @@ def ruin(rows: Rows, pages: torch.Tensor, size: int) -> None:
     if isinstance(rows, DenseRows):
         rows.tensor.view(-1, size, rows.tensor.shape[1])[pages] = torch.nan
     else:
-        assert isinstance(rows, Fp8KvRows | Fp8Keys | Fp4Keys)
+        assert isinstance(rows, PagedRows)
         rows.bytes[pages] = 0xFF  # NaN as e4m3, as a power-of-two scale and as a float32 one
