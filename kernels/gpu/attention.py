@@ -1,0 +1,80 @@
+"""Sparse MLA attention over paged, quantised rows: window and compressed entries in one list, with a sink."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from weft.kernels.gpu.base import Arch, Choice, Example, Op, Paged, arch, check, check_tensor, installed, portable
+from weft.kernels.reference import attention as reference
+
+# Columns that one program takes. A list of at most so many is not split: its bytes are then read once and nothing
+# else is moved. Longer ones are split at its multiples, whatever the batch.
+SPLIT = 2048
+
+
+def sparse_attention(
+    q: Tensor,
+    pool: Paged,
+    index: Tensor,
+    lengths: Tensor,
+    sink: Tensor,
+    scale: float,
+    *,
+    dtype: torch.dtype | None = None,
+    split: int = SPLIT,
+    implementation: str | None = None,
+) -> Tensor:
+    """softmax over each query's listed rows and one sink logit per head, times the rows themselves.
+
+    q: [T, H, d] float16, bfloat16 or float32; products are taken in float16, so float16 is taken as it is. pool:
+    rows of d channels, each of magnitude 57,344 at most (float16's range). index: [T, N] int32 rows of the pool,
+    -1 for none; columns from lengths[t] (int32) on are not read. sink: [H] float32, in the denominator only.
+    Returns [T, H, d] of `dtype`, by default q's; zeros for a query without rows. Prefill and decode are the same
+    call: a query's bits depend on q, its list and `split`. Source: DeepSeek-V4 report, sections 2.3 and 3.
+    """
+    check_tensor("q", q, (None, None, pool.layout.channels), torch.float16, torch.bfloat16, torch.float32)
+    tokens, heads, _ = q.shape
+    check_tensor("index", index, (tokens, None), torch.int32)
+    check_tensor("lengths", lengths, (tokens,), torch.int32)
+    check_tensor("sink", sink, (heads,), torch.float32)
+    check(split > 0, split)
+    dtype = dtype or q.dtype
+    if tokens == 0 or index.shape[1] == 0:
+        return torch.zeros(q.shape, dtype=dtype, device=q.device)
+    name = implementation or choose(arch(q), installed(), heads, pool.layout.coded).implementation
+    if name == "reference":
+        return reference.sparse_attention(q, pool, index, lengths, sink, scale).to(dtype)
+    if name == "flash_mla":
+        from weft.kernels.libraries import flash_mla
+
+        return flash_mla.sparse_attention(q, pool, index, lengths, sink, scale).to(dtype)
+    if name == "triton_sm100":
+        from weft.kernels.triton.attention_sm100 import sparse_decode_sm100
+
+        return sparse_decode_sm100(q, pool, index, lengths, sink, scale).to(dtype)
+    from weft.kernels.triton.attention import sparse_attention as launch
+
+    return launch(q.to(torch.float16), pool, index, lengths, sink, scale, dtype, split)
+
+
+def choose(arch: Arch, libraries: frozenset[str], heads: int = 64, coded: int = 448) -> Choice:
+    """heads: on this GPU; coded: quantised channels of a row."""
+    return portable("sparse_attention", arch, libraries)
+
+
+def least_bytes(tokens: int, columns: int, heads: int, pool: Paged, itemsize: int = 2) -> int:
+    """q read and the output written once, every listed row and its number read once."""
+    layout = pool.layout
+    return tokens * (2 * heads * layout.channels * itemsize + columns * (layout.row_bytes + 4) + 4) + 4 * heads
+
+
+OP = Op(
+    "sparse_attention",
+    "attention of each query over its own list of quantised rows, with a sink",
+    ("reference", "triton", "triton_sm100", "flash_mla"),
+    (
+        Example("V4-Flash, 64 heads", lambda arch, libraries: choose(arch, libraries, 64)),
+        Example("V4-Flash on 4 GPUs, 16 heads", lambda arch, libraries: choose(arch, libraries, 16)),
+    ),
+)

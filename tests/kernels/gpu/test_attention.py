@@ -1,0 +1,153 @@
+"""Sparse attention against float64, and against itself: a query's bits are its own."""
+
+import pytest
+import torch
+
+from weft.kernels.gpu import attention
+from weft.kernels.gpu.attention import sparse_attention
+from weft.kernels.gpu.interpreter import traffic
+from weft.kernels.layouts import RowLayout, kv_fp8, kv_fp8_v41
+from weft.kernels.reference.attention import Example, example
+from weft.kernels.reference.attention import sparse_attention as reference
+from weft.kernels.reference.rows import gather
+
+SMALL = kv_fp8(16, 48, 16)
+LAYOUTS = {"tiny": SMALL, "two groups": kv_fp8(8, 96, 32), "V4.1": kv_fp8_v41(8, 64), "pages of one": kv_fp8(1, 48, 16)}
+
+
+def run(e: Example, implementation: str = "triton", **kwargs) -> torch.Tensor:
+    return sparse_attention(
+        e.q, e.pool, e.index, e.lengths, e.sink, e.scale, implementation=implementation, **kwargs
+    )
+
+
+def check(e: Example, **kwargs) -> None:
+    """float16 rounds q, the weights and the rows' bfloat16 channels to 2^-11 of themselves (codes are exact), and the
+    output to its dtype. A rounded q or row moves a logit by at most 2 * 2^-11 * scale * sum |q| |k|, a weight by e^that
+    and 2^-11; the weights sum to 1 at most, so the output moves by that share of the largest row, twice (numerator
+    and denominator). Float32 sums of N terms add N * 2^-23 at most; rows below 2^-14 round to 2^-25."""
+    out, want = run(e, **kwargs).double(), reference(e.q, e.pool, e.index, e.lengths, e.sink, e.scale)
+    assert out.shape == want.shape and torch.isfinite(out).all()
+    unit, columns = 2.0**-11, e.index.shape[1]
+    for token in range(len(e.q)):
+        rows = e.index[token, : int(e.lengths[token])]
+        keys = gather(e.pool, rows[rows >= 0]).abs()
+        if not len(keys):
+            assert (out[token] == 0).all()
+            continue
+        shift = (e.q[token].double().abs() @ keys.T).max(1).values * e.scale * (2 * unit + columns * 2.0**-23)
+        share = torch.expm1(shift) * 2 + 3 * unit + columns * 2.0**-23
+        bound = share[:, None] * keys.max(0).values + want[token].abs() * torch.finfo(e.q.dtype).eps + 2.0**-24
+        assert ((out[token] - want[token]).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("heads", [1, 4, 17, 64, 96])
+def test_equals_the_reference(layout: str, heads: int, device: str) -> None:
+    check(example(3, 70, heads, LAYOUTS[layout], device=device))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_dtypes(dtype: torch.dtype, device: str) -> None:
+    e = example(2, 33, 4, SMALL, device=device, dtype=dtype)
+    check(e)
+    assert run(e, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("split", [16, 64, 100])
+@pytest.mark.parametrize("heads", [4, 64])
+def test_splits(split: int, heads: int, device: str) -> None:
+    e = example(4, 130, heads, SMALL, device=device)
+    e.lengths[:] = torch.tensor([130, 1, split, min(130, split + 1)])
+    check(e, split=split)
+
+
+def test_gaps_and_lengths(device: str) -> None:
+    """-1 anywhere, whole tiles of it, nothing at all, and columns beyond a length that must not be read."""
+    e = example(6, 150, 8, SMALL, device=device)
+    e.index[0, ::3] = -1
+    e.index[1, :100] = -1
+    e.index[2] = -1
+    e.lengths[3] = 0
+    e.lengths[4] = 67
+    e.index[4, 67:] = 1 << 30  # reading it would fault, or fail the comparison
+    check(e)
+
+
+@pytest.mark.parametrize("heads", [4, 64])
+def test_rows_that_are_not_listed_are_not_read(heads: int, device: str) -> None:
+    e = example(2, 40, heads, SMALL, device=device, pages=20)
+    before = run(e)
+    listed = torch.zeros(20 * 16, dtype=torch.bool, device=device)
+    listed[e.index.long().flatten()] = True
+    data = e.pool.bytes[:, : 16 * SMALL.data_bytes].view(20, 16, SMALL.data_bytes)
+    data[~listed.view(20, 16)] = 0x7F  # NaN in e4m3 and in bfloat16
+    assert torch.equal(run(e), before)
+
+
+@pytest.mark.parametrize("spread", [1e-5, 30.0, 2000.0])
+def test_extreme_rows(spread: float, device: str) -> None:
+    """Scales at the format's floor, and logits that leave one row all the weight."""
+    e = example(2, 40, 4, SMALL, device=device, spread=spread)
+    out, want = run(e).double(), reference(e.q, e.pool, e.index, e.lengths, e.sink, e.scale)
+    if spread < 2000:
+        check(e)
+    assert torch.isfinite(out).all() and (out - want).abs().max() <= 0.05 * want.abs().max()
+
+
+@pytest.mark.parametrize("bias", [float("-inf"), -1e30, 1e4])
+def test_extreme_sinks(bias: float, device: str) -> None:
+    e = example(2, 20, 4, SMALL, device=device)
+    e.sink.fill_(bias)
+    check(e)
+
+
+def test_equal_rows_share_the_weight(device: str) -> None:
+    e = example(1, 64, 4, SMALL, device=device)
+    e.index[:] = e.index[0, 0]
+    e.sink.fill_(float("-inf"))
+    out = run(e).double()
+    want = gather(e.pool, e.index[0, :1])
+    assert (out - want).abs().max() <= want.abs().max() * 2.0**-10
+
+
+def test_nothing(device: str) -> None:
+    e = example(1, 16, 4, SMALL, device=device)
+    none = Example(e.q[:0], e.pool, e.index[:0], e.lengths[:0], e.sink, e.scale)
+    assert run(none).shape == (0, 4, 64)
+    assert (run(Example(e.q, e.pool, e.index[:, :0], e.lengths, e.sink, e.scale)) == 0).all()
+
+
+@pytest.mark.parametrize("heads", [4, 64])
+def test_a_query_has_the_same_bits_in_any_batch(heads: int, device: str) -> None:
+    """Alone, in another order, beside longer lists (which split), as decode and as prefill rows."""
+    e = example(5, 96, heads, SMALL, device=device)
+    e.lengths[:] = torch.tensor([96, 5, 33, 64, 0])
+    together = run(e, split=64)
+    for token in range(5):
+        part = slice(token, token + 1)
+        width = max(1, int(e.lengths[token]))  # a narrower list, so fewer splits in the call
+        alone = Example(e.q[part], e.pool, e.index[part, :width], e.lengths[part], e.sink, e.scale)
+        assert torch.equal(run(alone, split=64), together[part])
+    order = torch.tensor([3, 0, 4, 1, 2], device=device)
+    mixed = Example(e.q[order], e.pool, e.index[order], e.lengths[order], e.sink, e.scale)
+    assert torch.equal(run(mixed, split=64), together[order])
+
+
+def test_v4_flash(device: str) -> None:
+    """64 heads, 128 window rows and 512 entries of 584 bytes; moves at most 1.3 times the least bytes."""
+    e = example(1, 640, device=device, pages=12)
+    with traffic() as moved:
+        check(e)
+    if device == "cpu":
+        with traffic() as moved:
+            run(e)
+        assert moved.total <= 1.3 * attention.least_bytes(1, 640, 64, e.pool)
+
+
+def test_choices() -> None:
+    everything = frozenset({"triton", "flash_mla"})
+    assert attention.choose("cpu", everything).implementation == "reference"
+    assert attention.choose("sm90", everything).implementation == "triton"
+    assert attention.choose("sm90", frozenset()).implementation == "reference"
+    assert RowLayout(64, 448, 64, 64, align=8, pad=0).row_bytes == 584
