@@ -20,7 +20,7 @@ class PageTable:
     """Tensors whose first dimension counts pages (or slots), and on their device where they are.
 
     tensors: each [n, ...], a page contiguous. addresses, strides, sizes: [L] int64, of page 0, from one page to
-    the next, and of one page, in bytes. largest: of sizes. word: 16, 8, 4, 2 or 1 bytes, which divides all of them.
+    the next, and of one page, in bytes. largest: of sizes. word: 16, 8, 4, 2 or 1 bytes; it divides all of them.
     """
 
     tensors: tuple[Tensor, ...]

@@ -35,12 +35,12 @@ def inverse_rope_quant(
 
     Returns codes [T, H * d] float8_e4m3fn and scales [T, H * d / group] float32, powers of two:
     2^ceil(log2(max(amax, 1e-4) / 448)), as the published code scales the inputs of FP8 linears.
-    group: a power of two that divides H * d.
+    d and group: powers of two; group divides H * d.
     """
     _check(o, cos_sin)
     tokens, heads, dim = o.shape
     width = heads * dim
-    check(group & (group - 1) == 0 and width % group == 0, "group", group, width)
+    check(group & (group - 1) == 0 and dim & (dim - 1) == 0 and width % group == 0, "group", group, o.shape)
     if tokens == 0:
         empty = torch.empty(0, width, dtype=torch.float8_e4m3fn, device=o.device)
         return empty, torch.empty(0, width // group, device=o.device)
