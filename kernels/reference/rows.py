@@ -32,7 +32,7 @@ def pack(values: Tensor, layout: RowLayout) -> tuple[Tensor, Tensor]:
         scaled = coded / scales[:, :, None]
     scaled = scaled.flatten(1)[:, : layout.coded]
     plain = values[:, layout.coded :].to(torch.bfloat16).contiguous().view(torch.uint8)
-    return torch.cat((_codes(scaled, layout), plain.reshape(len(values), -1)), 1), stored
+    return torch.cat((_codes(scaled, layout), plain.reshape(len(values), 2 * layout.plain)), 1), stored
 
 
 def unpack(data: Tensor, scales: Tensor, layout: RowLayout) -> Tensor:
