@@ -17,7 +17,7 @@ from weft.runtime.decoding.sampler import Draw, TokenLogprob, logprobs
 from weft.runtime.decoding.stopping import StopWatch
 from weft.runtime.engine import messages as m
 from weft.runtime.errors import RequestError
-from weft.runtime.model.model import Model
+from weft.runtime.model.base import Network
 from weft.runtime.text.tokenizer import TextStream, Tokenizer
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Call:
         if self._begun is None:
             self._begun = now
 
-    def ran(self, tokens: list[int], streams: Tensor, previous: Tensor, model: Model) -> None:
+    def ran(self, tokens: list[int], streams: Tensor, previous: Tensor, model: Network) -> None:
         """These tokens were computed. streams: [n, hc, D] of them; previous: [hc, D] of the token before."""
         self._computed += len(tokens)
 
@@ -154,7 +154,7 @@ class ScoreCall(Call):
     def known_limit(self) -> int:
         return max(self._first, 1) + len(self.results)
 
-    def ran(self, tokens: list[int], streams: Tensor, previous: Tensor, model: Model) -> None:
+    def ran(self, tokens: list[int], streams: Tensor, previous: Tensor, model: Network) -> None:
         super().ran(tokens, streams, previous, model)
         end = self.sequence.computed
         start = end - len(tokens)

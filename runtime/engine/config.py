@@ -10,6 +10,11 @@ from weft.runtime.config import ModelConfig
 from weft.runtime.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16"]
+Device = Literal["cpu", "cuda"]
+
+# What None stands for on each device.
+_KV: dict[Device, KvFormat] = {"cpu": "model", "cuda": "fp8"}
+_INDEX: dict[Device, IndexFormat] = {"cpu": "model", "cuda": "fp8"}
 
 
 @dataclass(frozen=True)
@@ -27,30 +32,37 @@ class CoreLimits:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """dtype: of weights and streams. quant_sim: round KV as the released model does.
-    deterministic: results do not depend on batch, chunks or forks, to the bit; False trades that for speed.
-    kv_format, index_format: how rows are stored; "model" is the dtype, fp8 and fp4 are the released layouts.
+    """device: "cpu", or "cuda" for one NVIDIA GPU, through Triton (`weft.runtime.model.cuda`).
+    dtype: of weights and streams. quant_sim: round KV as the released model does; on cuda it always is.
+    deterministic: results do not depend on batch, chunks or forks, to the bit; False trades that for speed. None:
+    where the device's linears can promise it, which is on CPUs.
+    kv_format, index_format: how rows are stored; "model" is the dtype, fp8 and fp4 are the released layouts. None:
+    "model" on CPUs, "fp8" on cuda, where "model" is not to be had.
     pools: KV memory. threads: of a core in its own process; None leaves torch's default.
     """
 
+    device: Device = "cpu"
     dtype: Dtype = "float32"
     quant_sim: bool = False
-    deterministic: bool = True
-    kv_format: KvFormat = "model"
-    index_format: IndexFormat = "model"
+    deterministic: bool | None = None
+    kv_format: KvFormat | None = None
+    index_format: IndexFormat | None = None
     pools: PoolSizes = field(default_factory=PoolSizes)
     limits: CoreLimits = field(default_factory=CoreLimits)
     threads: int | None = None
 
     def __post_init__(self) -> None:
         choices = {
+            "device": ("cpu", "cuda"),
             "dtype": ("float32", "bfloat16"),
-            "kv_format": ("model", "fp8"),
-            "index_format": ("model", "fp8", "fp4"),
+            "kv_format": (None, "model", "fp8"),
+            "index_format": (None, "model", "fp8", "fp4"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ConfigError(name, getattr(self, name), f"must be one of {', '.join(allowed)}")
+                raise ConfigError(name, getattr(self, name), f"must be one of {', '.join(filter(None, allowed))}")
+        if self.device == "cuda":
+            self._check_cuda()
         for owner, names in (("pools", "tokens slots context burst page"), ("limits", "chunk queue")):
             for name in names.split():
                 value = getattr(getattr(self, owner), name)
@@ -63,7 +75,24 @@ class EngineConfig:
         if self.pools.burst < self.limits.chunk:
             raise ConfigError("pools.burst", self.pools.burst, f"below limits.chunk {self.limits.chunk}")
 
+    def _check_cuda(self) -> None:
+        for name in ("kv_format", "index_format"):
+            if getattr(self, name) == "model":
+                raise ConfigError(name, "model", "on cuda rows are in the released layouts: fp8, or fp4 keys")
+        if self.deterministic:
+            reason = "on cuda a product's last bits depend on the number of rows; leave it out"
+            raise ConfigError("deterministic", True, reason)
+
+    @property
+    def is_deterministic(self) -> bool:
+        return self.device == "cpu" if self.deterministic is None else self.deterministic
+
+    @property
+    def formats(self) -> tuple[KvFormat, IndexFormat]:
+        """Of KV rows and of indexer keys."""
+        return self.kv_format or _KV[self.device], self.index_format or _INDEX[self.device]
+
     def capacity(self, config: ModelConfig) -> Capacity:
         """What the pools will take and hold for a model."""
         itemsize = 4 if self.dtype == "float32" else 2
-        return Capacity(config, self.pools, itemsize, self.kv_format, self.index_format)
+        return Capacity(config, self.pools, itemsize, *self.formats)

@@ -31,8 +31,8 @@ from weft.runtime.errors import (
     RequestError,
     WeftError,
 )
+from weft.runtime.model.base import Network
 from weft.runtime.model.batch import Batch
-from weft.runtime.model.model import Model
 from weft.runtime.model.verify import TakeBack
 from weft.runtime.text.tokenizer import Tokenizer
 
@@ -44,7 +44,7 @@ class Core:
 
     def __init__(
         self,
-        model: Model,
+        model: Network,
         pools: Pools,
         tokenizer: Tokenizer,
         limits: CoreLimits,

@@ -30,7 +30,7 @@ from weft.runtime.engine.link import Link, ProcessLink, ThreadLink
 from weft.runtime.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from weft.runtime.model.model import Model
+    from weft.runtime.model.base import Network
 
 Progress = Callable[[int, int, str], None]
 EMBEDDED = Path(__file__).parent.parent / "embedded" / "weights"
@@ -46,7 +46,7 @@ class Engine:
 
     def __init__(
         self,
-        source: Model | Path | str,
+        source: Network | Path | str,
         tokenizer: Tokenizer | None = None,
         config: EngineConfig | None = None,
         *,
@@ -95,7 +95,7 @@ class Engine:
         core in a thread."""
         return cls(EMBEDDED, config=config)
 
-    def _connect(self, source: Model | Path, process: bool, progress: Progress | None) -> Link:
+    def _connect(self, source: Network | Path, process: bool, progress: Progress | None) -> Link:
         # The host imports torch; a front whose core lives elsewhere never does.
         restarts = self.config.limits.restarts
         if process:

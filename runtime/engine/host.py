@@ -5,18 +5,20 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Callable
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import msgspec
 import torch
 
-from weft.runtime.cache.pools import Pools
 from weft.runtime.checkpoint.reader import Checkpoint
 from weft.runtime.engine import messages as m
 from weft.runtime.engine.config import EngineConfig
 from weft.runtime.engine.core import Core
 from weft.runtime.engine.link import MakeCore, run_core
+from weft.runtime.errors import ConfigError
+from weft.runtime.model.base import Network
 from weft.runtime.model.model import Model
 from weft.runtime.model.weights import Draining
 from weft.runtime.text.tokenizer import Tokenizer
@@ -25,29 +27,40 @@ Progress = Callable[[int, int, str], None]
 _log = logging.getLogger("weft")
 
 
-def load_model(path: Path, config: EngineConfig, progress: Progress | None = None) -> Model:
+def load_model(path: Path, config: EngineConfig, progress: Progress | None = None) -> Network:
     """Read a checkpoint; its tensors are let go one by one as the model takes them."""
+    check_device(config)
     dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
     checkpoint = Checkpoint.open(path)
     for notice in checkpoint.notices:
         _log.warning("%s: %s", path, notice)
     weights = Draining(dict(checkpoint.load(dtype, progress)))
-    return Model(
-        checkpoint.config, weights, dtype=dtype, quant_sim=config.quant_sim, deterministic=config.deterministic
-    )
+    exact = config.is_deterministic
+    if config.device == "cuda":
+        from weft.runtime.model.cuda.model import DeviceModel
+
+        return DeviceModel(checkpoint.config, weights, dtype=dtype, device="cuda", deterministic=exact)
+    return Model(checkpoint.config, weights, dtype=dtype, quant_sim=config.quant_sim, deterministic=exact)
 
 
-def core_maker(model: Model, tokenizer: Tokenizer, config: EngineConfig) -> MakeCore:
+def check_device(config: EngineConfig) -> None:
+    """Raises `ConfigError` if this machine lacks what the device needs."""
+    if config.device == "cpu":
+        return
+    if not torch.cuda.is_available():
+        raise ConfigError("device", config.device, "torch sees no NVIDIA GPU")
+    if find_spec("triton") is None:
+        raise ConfigError("device", config.device, "Triton is not installed (pip install triton)")
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        raise ConfigError("device", config.device, f"compute capability {major}.{minor}, 8.0 is needed")
+
+
+def core_maker(model: Network, tokenizer: Tokenizer, config: EngineConfig) -> MakeCore:
     """Cores over one model, each with pools of its own."""
 
     def make(on_event: Callable[[m.Event], None]) -> Core:
-        pools = Pools(
-            model.config,
-            config.pools,
-            model.dtype,
-            kv_format=config.kv_format,
-            index_format=config.index_format,
-        )
+        pools = model.make_pools(config.pools, *config.formats)
         return Core(model, pools, tokenizer, config.limits, on_event)
 
     return make

@@ -24,15 +24,15 @@ from weft.runtime.decoding.sampler import Draw, sample
 from weft.runtime.engine import messages as m
 from weft.runtime.engine.calls import GenerateCall
 from weft.runtime.engine.schedule import Work
+from weft.runtime.model.base import Network
 from weft.runtime.model.batch import Batch
-from weft.runtime.model.model import Model
 from weft.runtime.model.verify import TakeBack
 
 
 class Drafter:
     """Owns nothing: reads and writes the pools of the states it is given."""
 
-    def __init__(self, model: Model, defined: int) -> None:
+    def __init__(self, model: Network, defined: int) -> None:
         """defined: ids from this one on are never drawn."""
         self._model = model
         self._defined = defined

@@ -17,7 +17,7 @@ from torch import Tensor
 from weft.kernels.attention import KeyList
 from weft.kernels.compress import FoldPlan
 from weft.kernels.indexer import COLUMNS, QueryBlocks, block_rows
-from weft.kernels.linear import Array, Index
+from weft.kernels.linear import Index
 from weft.runtime.cache.base import Span
 from weft.runtime.cache.capacity import C4_TAIL, PageKind
 from weft.runtime.cache.pools import Pools
@@ -51,7 +51,7 @@ class Batch:
         assert spans and all(span.count > 0 for span in spans)
         self.pools = pools
         self.spans = spans
-        self.folds: dict[int, Array] | None = {} if drafts else None
+        self.folds: dict[int, Tensor] | None = {} if drafts else None
         table: Index = np.array([(span.slot, span.start, span.count) for span in spans]).T.copy()
         self.slots: Index = table[0]
         self.starts: Index = table[1]
@@ -74,7 +74,16 @@ class Batch:
             skipped = min(max(first - span.start, 0), span.count)
             if skipped < span.count:
                 spans.append(replace(span, start=span.start + skipped, count=span.count - skipped))
-        return (Batch(self.pools, spans) if spans else None), keep
+        return (Batch(self.pools, spans, drafts=self.folds is not None) if spans else None), keep
+
+    def take_folds(self, part: Batch, keep: Index) -> None:
+        """The folds that `part`, which is this batch `at_layer`, has noted since it was last asked."""
+        if self.folds is None or part.folds is None:
+            return
+        for layer, behind in part.folds.items():
+            self.folds[layer] = behind.new_zeros(self.tokens, *behind.shape[1:])
+            self.folds[layer][torch.from_numpy(keep)] = behind
+        part.folds.clear()
 
     @cached_property
     def replays(self) -> bool:

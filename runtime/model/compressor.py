@@ -44,7 +44,8 @@ class C128Compressor:
         scores += self.ape[batch.positions % len(self.ape)]
         behind = None
         if batch.folds is not None:
-            behind = batch.folds[self.index] = np.empty((batch.tokens, 3, half), np.float32)
+            behind = np.empty((batch.tokens, 3, half), np.float32)
+            batch.folds[self.index] = torch.from_numpy(behind)
         state = step.pools.c128_fold.numpy()[self.index]
         entries = fold_c128(values, scores, state, batch.c128_fold, behind)
         if not len(entries):

@@ -15,6 +15,8 @@ from torch import Tensor
 from weft.kernels.hyper import HeadMixer
 from weft.kernels.linear import Array, Index, Linear
 from weft.kernels.norm import rms_norm
+from weft.runtime.cache.capacity import IndexFormat, KvFormat, PoolSizes
+from weft.runtime.cache.pools import Pools
 from weft.runtime.config import ModelConfig
 from weft.runtime.model.batch import Batch
 from weft.runtime.model.block import Block, rounded
@@ -58,6 +60,11 @@ class Model:
         self.head = weights.wide_linear("head.weight")
         self.mtp = MtpBlock(config, weights, quant_sim) if config.has_mtp else None
 
+    def make_pools(
+        self, sizes: PoolSizes, kv_format: KvFormat = "model", index_format: IndexFormat = "model"
+    ) -> Pools:
+        return Pools(self.config, sizes, self.dtype, kv_format=kv_format, index_format=index_format)
+
     @torch.inference_mode()
     def forward(self, ids: Tensor, batch: Batch) -> Tensor:
         """Backbone streams of every token, before the readout.
@@ -96,6 +103,7 @@ class Model:
             # Rows that are not exact may be computed from anything; they are left out from the next layer on.
             with np.errstate(invalid="ignore", over="ignore"):
                 h = block(h, ids.numpy()[rows], StepContext(part, self.rope))
+            batch.take_folds(part, keep)
         assert part is not None
         out[torch.from_numpy(rows)] = torch.from_numpy(h).to(self.dtype)
         batch.pools.streams[torch.from_numpy(part.slots)] = torch.from_numpy(h[part.last]).to(self.dtype)

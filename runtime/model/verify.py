@@ -7,6 +7,7 @@ streams of the last token; those are put back here.
 
 from __future__ import annotations
 
+import numpy as np
 from torch import Tensor, from_numpy
 
 from weft.runtime.cache.capacity import C4_TAIL
@@ -28,9 +29,10 @@ class TakeBack:
         batch, pools = self._batch, self._batch.pools
         slot, start = int(batch.slots[number]), int(batch.starts[number])
         assert 0 < count <= batch.counts[number] <= C4_TAIL and batch.folds is not None
-        for position in range(start + count, int(batch.ends[number])):
-            pools.c4_tail[:, slot, position % C4_TAIL] = self._tails[:, number, position % C4_TAIL]
+        rows = np.arange(start + count, batch.ends[number]) % C4_TAIL
+        if rows.size:
+            pools.c4_tail[:, slot, rows] = self._tails[:, number, rows]
         if (start + count) % C128:  # else the next token opens a group
             for layer, behind in batch.folds.items():
-                pools.c128_fold[layer, slot] = from_numpy(behind[int(batch.offsets[number]) + count - 1])
+                pools.c128_fold[layer, slot] = behind[int(batch.offsets[number]) + count - 1]
         pools.streams[slot] = streams[count - 1]

@@ -30,7 +30,7 @@ def pools_for(
         burst=total,
         page=page,
     )
-    return Pools(model.config, sizes, model.dtype, kv_format=kv, index_format=index)
+    return model.make_pools(sizes, kv, index)
 
 
 def step(model: Model, work: Sequence[tuple[SequenceState, Sequence[int]]]) -> list[Tensor]:

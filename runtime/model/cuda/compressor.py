@@ -1,0 +1,123 @@
+"""The compressors of c4a and c128a layers, and the c4a indexer, in float32 whatever the model's dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from weft.kernels.gpu.compress import compress_c4, compress_c128
+from weft.kernels.gpu.indexer import IndexQuery, gather_keys, index_logits, index_logits_ragged, index_query
+from weft.kernels.gpu.topk import top_k_rows
+from weft.kernels.kv_rows import PagedRows
+from weft.runtime.config import ModelConfig
+from weft.runtime.model.cuda.step import DeviceStep, Keys
+from weft.runtime.model.cuda.weights import DeviceWeights
+
+# Scores of so many bytes at a time: they are [tokens, entries] float32.
+_SCORES = 256 << 20
+
+
+class C128Compressor:
+    """Dense 128:1 compression. `index` numbers the layer among the c128a layers."""
+
+    def __init__(self, config: ModelConfig, weights: DeviceWeights, index: int) -> None:
+        self.config = config
+        self.index = index
+        self.project = weights.wide_linear("wkv.weight", "wgate.weight")
+        self.ape = weights.wide("ape")
+        self.norm = weights.wide("norm.weight")
+
+    def write(self, x: Tensor, step: DeviceStep, pool: PagedRows) -> None:
+        """Fold x [T, D] into the open groups and store the entries it completes."""
+        compress_c128(
+            self.project(x),
+            self.ape,
+            step.pools.c128_fold[self.index],
+            self.norm,
+            step.c128_entries,
+            step.c128_plan,
+            pool,
+            self.config.rms_norm_eps,
+            behind=step.behind(self.index, self.config.head_dim),
+        )
+
+
+class C4Compressor:
+    """Overlapping 4:1 compression with the lightning indexer. `index` numbers the layer among the c4a layers.
+
+    Index queries and keys are rotated by Hadamard's matrix before they are rounded, whatever the format: that
+    changes no score, and spreads outliers.
+    """
+
+    def __init__(self, config: ModelConfig, weights: DeviceWeights, indexer: DeviceWeights, index: int) -> None:
+        self.config = config
+        self.index = index
+        own = indexer.under("compressor.")
+        parts = [source.wide(name) for name in ("wkv.weight", "wgate.weight") for source in (weights, own)]
+        self.project = weights.packed(*parts)
+        self.ape = torch.cat((weights.wide("ape"), own.wide("ape")), 1)
+        self.norm = weights.wide("norm.weight")
+        self.key_norm = own.wide("norm.weight")
+        self.wq_b = indexer.linear("wq_b.weight")
+        self.weights_proj = indexer.linear("weights_proj.weight")
+        self.score_scale = (config.index_head_dim * config.index_n_heads) ** -0.5
+
+    def keys(self, x: Tensor, qr: Tensor, step: DeviceStep, pool: PagedRows) -> Keys:
+        """Store the entries x [T, D] completes, then choose each query's entries."""
+        compress_c4(
+            self.project(x),
+            self.ape,
+            step.pools.c4_tail[self.index],
+            self.norm,
+            self.key_norm,
+            step.c4_entries,
+            step.c4_plan,
+            pool,
+            step.pools.key_pages[self.index],
+            self.config.rms_norm_eps,
+            hadamard=True,
+        )
+        if step.most_visible > self.config.index_topk:
+            self._choose(x, qr, step)
+        return step.c4_keys
+
+    def _choose(self, x: Tensor, qr: Tensor, step: DeviceStep) -> None:
+        """Write the pool rows of the entries with the highest scores into `step.c4_keys`."""
+        config, pool = self.config, step.pools.key_pages[self.index]
+        q = self.wq_b(qr).unflatten(1, (config.index_n_heads, config.index_head_dim))
+        weights = self.weights_proj(x).float() * self.score_scale
+        query = index_query(q, weights, step.compressed, codes=pool.layout.codes, hadamard=True)
+        score = Scores(query, step, pool)
+        rows = max(1, _SCORES // (4 * step.most_visible))
+        for start in range(0, step.tokens, rows):
+            part = slice(start, start + rows)
+            top_k_rows(
+                score(part),
+                step.c4_visible[part],
+                config.index_topk,
+                step.c4_table,
+                step.sequence[part],
+                step.pools.sizes.page,
+                step.pools.base["c4"],
+                step.c4_keys.index[part],
+                step.window,
+            )
+
+
+class Scores:
+    """Scores [n, most visible] of some of a step's queries: straight from the pages, or, where a sequence has many
+    queries, from its keys gathered once. The bits are the same."""
+
+    def __init__(self, query: IndexQuery, step: DeviceStep, pool: PagedRows) -> None:
+        self._query, self._step, self._pool = query, step, pool
+        self._gathered = gather_keys(pool, step.c4_table, *step.gathered_keys) if step.prefill else None
+
+    def __call__(self, part: slice) -> Tensor:
+        step, width = self._step, self._step.most_visible
+        codes, scales, weights = self._query.codes, self._query.scales, self._query.weights
+        query = IndexQuery(codes[part], scales[part] if scales is not None else None, weights[part])
+        visible = step.c4_visible[part]
+        if self._gathered is None:
+            return index_logits(query, self._pool, step.c4_table, step.sequence[part], visible, width)
+        keys = self._gathered
+        return index_logits_ragged(query, keys.codes, keys.scales, step.key_start[part], visible, width)
