@@ -58,8 +58,12 @@ class Tokenizer:
         return list(self._known(text)) if len(text) <= _SHORT else self._encoded(text)
 
     def _encoded(self, text: str) -> list[int]:
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        return ids
+        if len(text) <= _SHORT:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+            return ids
+        # As a batch of one: only those let other threads of the process go on meanwhile.
+        batch: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return batch
 
     def encode_plain(self, text: str) -> list[int]:
         """Token ids of text from outside: the spelling of a special token is characters like any others."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -190,3 +192,26 @@ def test_a_tokenizer_of_another_kind_is_refused_when_loaded(tmp_path: Path) -> N
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
     with pytest.raises(CheckpointError, match="▁the"):
         Tokenizer.load(tmp_path)
+
+
+@given(st.lists(TEXT | st.sampled_from(SPECIALS), max_size=8), st.integers(0, 60))
+def test_long_texts_have_the_tokens_of_short_ones(parts: list[str], times: int) -> None:
+    """They take another way through the library."""
+    tokenizer, text = byte_tokenizer(), "".join(parts)
+    assert tokenizer.encode((text + EOS) * times) == tokenizer.encode(text + EOS) * times
+
+
+def test_other_threads_go_on_while_a_long_text_is_encoded() -> None:
+    started, ticks = threading.Event(), 0
+
+    def encode() -> None:
+        started.set()
+        byte_tokenizer().encode("The room of Tolkar is 423. " * 40_000)
+
+    thread = threading.Thread(target=encode)
+    thread.start()
+    started.wait()
+    while thread.is_alive():
+        time.sleep(0.001)
+        ticks += 1
+    assert ticks > 20, "a library that held the interpreter would leave time for one or two"
