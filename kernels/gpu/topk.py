@@ -56,9 +56,9 @@ def top_k_rows(
         reference(logits, visible, k, tables, sequence, page, base, out, column)
         return
     check(name == "triton", name)
-    from weft.kernels.triton.topk import launch
+    from weft.kernels.triton.topk import top_k_rows as triton
 
-    launch(logits, visible, k, tables, sequence, page, base, out, column)
+    triton(logits, visible, k, tables, sequence, page, base, out, column)
 
 
 def least_bytes(tokens: int, entries: int, k: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +34,7 @@ def _hadamard(size: int) -> Tensor:
         parity ^= both & 1
         both >>= 1
     signs: Tensor = 1.0 - 2.0 * parity.double()
-    return signs / size**0.5
+    return signs / math.sqrt(size)
 
 
 def query(q: Tensor, weights: Tensor, cos_sin: Tensor, hadamard: bool, out: IndexQuery) -> None:
@@ -72,9 +73,10 @@ def e4m3_values(codes: Tensor) -> Tensor:
 def e2m1_values(codes: Tensor, scales: Tensor) -> Tensor:
     """Packed [..., d / 2] and biased exponents [..., groups] -> [..., d] float64."""
     pairs = torch.stack((codes & 15, codes >> 4), -1).flatten(-2).long()
-    value = _E2M1.to(codes.device)[pairs & 7] * (1.0 - 2.0 * (pairs >> 3).double())
-    factor: Tensor = 2.0 ** (scales.double() - 127.0)
-    return (value.unflatten(-1, (scales.shape[-1], -1)) * factor[..., None]).flatten(-2)
+    value = _E2M1.to(codes.device)[pairs & 7] * torch.where(pairs > 7, -1.0, 1.0)
+    factor = torch.exp2(scales.double() - 127.0)
+    grouped: Tensor = value.unflatten(-1, (scales.shape[-1], -1)) * factor[..., None]
+    return grouped.flatten(-2)
 
 
 def query_values(query: IndexQuery) -> Tensor:
