@@ -57,15 +57,16 @@ def rotate(x, cos, sin):
 
 @triton.jit
 def hadamard(x):
-    """Rows of x [R, C] times Sylvester's matrix over sqrt(C)."""
+    """Rows of x [R, C] times Sylvester's matrix over sqrt(C); C is 1024 at most."""
     R: tl.constexpr = x.shape[0]
     C: tl.constexpr = x.shape[1]
     second = tl.arange(0, 2)[None, :, None] == 1
-    for step in tl.static_range(C.bit_length() - 1):
-        pairs = tl.reshape(x, [R * C // (2 << step), 2, 1 << step])
-        total = tl.sum(pairs, 1)
-        rest = tl.sum(tl.where(second, -pairs, pairs), 1)
-        x = tl.reshape(tl.where(second, rest[:, None, :], total[:, None, :]), [R, C])
+    for step in tl.static_range(10):
+        if (2 << step) <= C:
+            pairs = tl.reshape(x, [R * C // (2 << step), 2, 1 << step])
+            total = tl.sum(pairs, 1)
+            rest = tl.sum(tl.where(second, -pairs, pairs), 1)
+            x = tl.reshape(tl.where(second, rest[:, None, :], total[:, None, :]), [R, C])
     return x * (C**-0.5)
 
 
