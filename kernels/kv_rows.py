@@ -32,7 +32,7 @@ class Rows(Protocol):
         """Write values [N, d] float32, rounded to the format, to rows index [N] int64 (no duplicates)."""
 
     def copy_pages(self, source: Tensor, target: Tensor, page: int) -> int:
-        """Copy pages of `page` rows; source, target: [n] int64 numbers of pages. Returns how many bytes they are."""
+        """Copy pages of `page` rows; source, target: [n] int64 page numbers. Returns how many bytes they are."""
 
 
 class DenseRows:

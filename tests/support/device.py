@@ -1,0 +1,99 @@
+"""The model on device tensors: on the GPU where there is one, else on CPU tensors through the ops' references."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from support import draw
+from support.run import pools_for, step
+from weft.kernels.gpu import base
+from weft.runtime.cache.capacity import IndexFormat
+from weft.runtime.cache.sequence import SequenceState
+from weft.runtime.config import ModelConfig, preset
+from weft.runtime.model.base import Network
+from weft.runtime.model.cuda.model import DeviceModel
+from weft.runtime.model.model import Model
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def references() -> Iterator[None]:
+    """Ops on CPU tensors run their references, though Triton could interpret its kernels: which is far slower."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base, "interpreting", lambda: False)
+        base.arch_of.cache_clear()
+        yield
+    base.arch_of.cache_clear()
+
+
+@cache
+def config_of(seed: int) -> ModelConfig:
+    return preset("tiny") if seed == 0 else draw.random_config(seed)
+
+
+@cache
+def pair(seed: int, dtype: torch.dtype = torch.float32) -> tuple[Model, DeviceModel]:
+    """The same weights on the host, which rounds as the released model does, and on the device."""
+    config = config_of(seed)
+    weights = draw.random_weights(config, seed)
+    return Model(config, weights, dtype=dtype, quant_sim=True), on_device(config, weights, dtype)
+
+
+def on_device(config: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> DeviceModel:
+    return DeviceModel(config, weights, dtype=dtype, device=DEVICE, deterministic=DEVICE == "cpu")
+
+
+def tokens_for(model: Network, length: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, model.config.vocab_size, (length,), generator=generator).tolist()
+
+
+def streams_of(
+    model: Network,
+    ids: Sequence[int],
+    chunks: Sequence[int] = (1 << 20,),
+    page: int = 16,
+    keys: IndexFormat = "fp4",
+) -> Tensor:
+    """[S, hc, D] of one sequence alone, fed in chunks of sizes used in turn, in pools of the released formats."""
+    state = SequenceState(pools_for(model, [ids], page, "fp8", keys))
+    out: list[Tensor] = []
+    for size in itertools.cycle(chunks):
+        if state.length == len(ids):
+            break
+        out += step(model, [(state, ids[state.length : state.length + size])])
+    return torch.cat(out)
+
+
+def logits_of(
+    model: Network,
+    ids: Sequence[int],
+    chunks: Sequence[int] = (1 << 20,),
+    page: int = 16,
+    keys: IndexFormat = "fp4",
+) -> Tensor:
+    """[S, V]."""
+    return model.logits(streams_of(model, ids, chunks, page, keys))
+
+
+def assert_same_but_for_rounding(got: Tensor, want: Tensor) -> None:
+    """[n, V] logits that two ways of adding the same numbers gave.
+
+    Sums differ by some 1e-6 of their size. A value that lies so close to the middle between two codes (e4m3 of a
+    KV row, bfloat16 of its rotated channels, e2m1 of an index vector) may then become the one or the other: one
+    channel of one row changes by 2^-3 of itself at most, beside 31 other channels and as many rows. Logits behind
+    it, of unit size, move by 2^-3 / 32 / 32, about 1e-4; by up to 1e-2 where that changes what is chosen.
+    A GPU takes attention's products in float16, which is off by 2^-11 in every row, and tips more values.
+    """
+    difference = (got - want).abs().amax(1) / max(1.0, float(want.std()))
+    assert torch.isfinite(got).all()
+    assert float(difference.median()) <= (3e-4 if DEVICE == "cpu" else 2e-2)
+    assert float(difference.max()) <= (0.05 if DEVICE == "cpu" else 0.5)
