@@ -16,10 +16,10 @@ SHELL       := bash
 .SHELLFLAGS := -eu -o pipefail -c
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench docs clean
+.PHONY: help demo test test-slow lint bench kernels-compile docs clean
 
 help: ## list the verbs
-	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  make %-15s %s\n", $$1, $$2 }'
 
 demo: $(DEMO) ## run a forking multi-turn program on the embedded model
 	@$(BIN)/weft demo
@@ -35,8 +35,11 @@ lint: $(VENV)/test.stamp .typing docs ## ruff, formatting, types, links
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: $(VENV)/test.stamp ## run every script in benchmarks/, each prints its own table
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+bench: $(VENV)/test.stamp ## run every script in benchmarks/ that needs no GPU, each prints its own table
+	@for script in $(filter-out benchmarks/kernels_gpu.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+kernels-compile: $(VENV)/test.stamp ## compile every kernel for sm_90a and sm_100a, and judge what came out
+	$(BIN)/python benchmarks/kernels_compile.py
 
 docs: ## check the links of every Markdown file
 	$(PYTHON) docs/check_links.py
