@@ -130,5 +130,6 @@ ROUTES = (
         events=ChatChunk,
         size="large",
         gated=True,
+        weigh=lambda asked: asked.n or 1,
     ),
 )

@@ -15,6 +15,7 @@ from weft.gateway.apis.common import check_model, extension, lease_for, namespac
 from weft.gateway.apis.common import usage as usage_of
 from weft.gateway.apis.openai_types import Completion, CompletionRequest, TextChoice, TextLogprobs, Usage
 from weft.gateway.chat.continuation import Continuation, Finished, Piece, gather, stream
+from weft.gateway.chat.encoding import tokens_of
 from weft.gateway.http.base import Answer, Exchange, Route
 from weft.gateway.http.sse import DONE
 from weft.runtime.decoding.params import Grammar
@@ -30,7 +31,7 @@ _DEFAULT = 16  # tokens, as OpenAI's
 async def completions(exchange: Exchange) -> Answer | web.StreamResponse:
     asked: CompletionRequest = exchange.body
     model, state = check_model(exchange, asked.model), exchange.state
-    works = _works(exchange, asked)
+    works = await _works(exchange, asked)
     head: dict[str, Any] = {"id": f"cmpl-{secrets.token_hex(12)}", "created": now(), "model": model}
     if asked.stream:
         return await _stream(exchange, asked, head, works)
@@ -49,14 +50,14 @@ async def completions(exchange: Exchange) -> Answer | web.StreamResponse:
     )
 
 
-def _works(exchange: Exchange, asked: CompletionRequest) -> list[Continuation]:
+async def _works(exchange: Exchange, asked: CompletionRequest) -> list[Continuation]:
     """One for each reply: those of a prompt side by side."""
     if asked.suffix:
         raise UnsupportedError("suffix", asked.suffix, "DeepSeek-V4 writes forward only")
     if asked.best_of is not None and asked.best_of != (asked.n or 1):
         raise UnsupportedError("best_of", asked.best_of, "ask for n, and choose")
     engine, n = exchange.state.engine, asked.n or 1
-    prompts = _prompts(engine, asked.prompt)
+    prompts = await _prompts(engine, asked.prompt)
     if len(prompts) * n > _MOST:
         raise RequestError("prompt", len(prompts), f"at most {_MOST} replies in all")
     most = _DEFAULT if asked.max_tokens is None else asked.max_tokens
@@ -81,6 +82,11 @@ def _works(exchange: Exchange, asked: CompletionRequest) -> list[Continuation]:
     return works
 
 
+def _weight(asked: CompletionRequest) -> int:
+    one = isinstance(asked.prompt, str) or not asked.prompt or isinstance(asked.prompt[0], int)
+    return (asked.n or 1) * (1 if one else len(asked.prompt))
+
+
 def _grammar(asked: CompletionRequest) -> Grammar | None:
     if asked.regex is not None and asked.json_schema is not None:
         raise RequestError("regex", asked.regex, "cannot be combined with json_schema")
@@ -89,16 +95,18 @@ def _grammar(asked: CompletionRequest) -> Grammar | None:
     return None if asked.json_schema is None else Grammar("json_schema", asked.json_schema)
 
 
-def _prompts(engine: Engine, given: str | list[Any]) -> list[list[int]]:
+async def _prompts(engine: Engine, given: str | list[Any]) -> list[list[int]]:
     one = isinstance(given, str) or (given and isinstance(given[0], int))
     parts: list[Any] = [given] if one else list(given)
     prompts = []
     for i, part in enumerate(parts):
         if isinstance(part, int):
             raise RequestError(f"prompt[{i}]", part, "texts and token ids do not mix")
-        tokens = engine.tokens(part)
-        if isinstance(part, str) and tokens[:1] != [engine.tokenizer.bos]:
-            tokens.insert(0, engine.tokenizer.bos)
+        if isinstance(part, str):
+            tokens = await tokens_of(engine.tokenizer, "prompt", part)
+            tokens = tokens if tokens[:1] == [engine.tokenizer.bos] else [engine.tokenizer.bos, *tokens]
+        else:
+            tokens = engine.tokens(part)
         if not tokens:
             raise RequestError("prompt", part, "must not be empty")
         prompts.append(tokens)
@@ -209,5 +217,6 @@ ROUTES = (
         events=Completion,
         size="large",
         gated=True,
+        weigh=_weight,
     ),
 )

@@ -14,11 +14,12 @@ import msgspec
 from aiohttp import web
 
 from weft.gateway.apis.common import lease_for, namespace_of, thinks
-from weft.gateway.apis.native_report import partial_meta, whole_meta
+from weft.gateway.apis.native_report import tell_logprobs, whole_meta
 from weft.gateway.apis.native_types import (
     AbortRequest,
     Generated,
     GenerateRequest,
+    Meta,
     NativeSampling,
 )
 from weft.gateway.apis.texts import Texts
@@ -28,6 +29,7 @@ from weft.gateway.http.errors import HttpError
 from weft.gateway.http.sse import DONE
 from weft.gateway.http.state import State
 from weft.runtime.decoding.params import Grammar, SamplingParams
+from weft.runtime.engine import messages as m
 from weft.runtime.errors import RequestError, UnsupportedError
 
 _MOST = 256  # generations of a request
@@ -56,7 +58,7 @@ async def generate(exchange: Exchange) -> Answer | web.StreamResponse:
     _refuse(asked)
     namespace = namespace_of(exchange.caller, asked.cache_salt or asked.extra_key)
     running = exchange.state.part(Running)
-    works = _works(exchange, asked, namespace)
+    works = await _works(exchange, asked, namespace)
     own = [_continuations(exchange, asked, work, namespace, place) for place, work in enumerate(works)]
     flat = [continuation for group in own for continuation in group]
     for continuation in flat:
@@ -108,13 +110,19 @@ def _is_batch(asked: GenerateRequest) -> bool:
     return isinstance((asked.input_ids or [0])[0], list)
 
 
-def _works(exchange: Exchange, asked: GenerateRequest, namespace: str) -> list[_Work]:
+def _weight(asked: GenerateRequest) -> int:
+    prompts = len(asked.text or asked.input_ids or ()) if _is_batch(asked) else 1
+    params = asked.sampling_params
+    if isinstance(params, list):
+        return max(1, sum(own.n or 1 for own in params))
+    return max(1, prompts) * ((params.n if params is not None else None) or 1)
+
+
+async def _works(exchange: Exchange, asked: GenerateRequest, namespace: str) -> list[_Work]:
     engine, texts = exchange.state.engine, exchange.state.part(Running).texts
     if asked.text is not None:
         prompts: Sequence[str | None] = asked.text if isinstance(asked.text, list) else [asked.text]
-        for text in prompts:
-            engine.tokens(text or "")  # or it is no Unicode
-        tokens = [texts.tokens(namespace, text or "") for text in prompts]
+        tokens = [await texts.tokens(namespace, text or "") for text in prompts]
     else:
         given: list[Any] = asked.input_ids if _is_batch(asked) else [asked.input_ids]  # type: ignore[assignment]
         for i, ids in enumerate(given):
@@ -234,17 +242,23 @@ async def _stream(
 ) -> web.StreamResponse:
     events, state = exchange.stream(), exchange.state
     texts: list[list[str]] = [[] for _ in flat]
-    found: list[list[Piece]] = [[] for _ in flat]
+    drawn = [0] * len(flat)
+    logprobs: list[list[m.Logprob]] = [[] for _ in flat]
     several = len(flat) > 1 or _is_batch(asked)
     async with aclosing(stream(state.engine, flat, state.metrics.generated)) as pieces:
         async for piece in pieces:
             if isinstance(piece, Piece):
                 texts[piece.index].append(piece.text)
-                found[piece.index].append(piece)
+                drawn[piece.index] += len(piece.tokens)
+                logprobs[piece.index] += piece.logprobs
                 whole = "".join(texts[piece.index])
                 texts[piece.index] = [whole]
-                ours = found[piece.index]
-                meta = partial_meta(state.engine.tokenizer, asked, flat[piece.index], ours, ids[piece.index])
+                meta = Meta(
+                    id=ids[piece.index],
+                    prompt_tokens=len(flat[piece.index].tokens),
+                    completion_tokens=drawn[piece.index],
+                )
+                tell_logprobs(meta, state.engine.tokenizer, asked, logprobs[piece.index])
                 told = Generated(text=whole, meta_info=meta)
             else:
                 told = _generated(exchange, asked, piece, ids[piece.index])
@@ -283,6 +297,7 @@ ROUTES = (
         events=Generated,
         size="large",
         gated=True,
+        weigh=_weight,
         statuses=(409,),
     ),
     Route(

@@ -11,6 +11,7 @@ from weft.gateway.apis.native_types import (
     Tokenized,
     TokenizeRequest,
 )
+from weft.gateway.chat.encoding import tokens_of
 from weft.gateway.http.base import Answer, Exchange, Route
 from weft.gateway.http.errors import HttpError
 from weft.gateway.http.openapi import weft_version
@@ -66,7 +67,7 @@ async def concatenate(exchange: Exchange) -> Answer:
 async def tokenize(exchange: Exchange) -> Answer:
     asked: TokenizeRequest = exchange.body
     engine = exchange.state.engine
-    tokens = engine.tokens(asked.prompt)
+    tokens = await tokens_of(engine.tokenizer, "prompt", asked.prompt)
     if asked.add_special_tokens and tokens[:1] != [engine.tokenizer.bos]:
         tokens.insert(0, engine.tokenizer.bos)
     return Answer(Tokenized(tokens, len(tokens), engine.context))

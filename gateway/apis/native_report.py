@@ -8,20 +8,9 @@ from typing import Any
 from weft.backend.convert import token_entry, top_entries
 from weft.gateway.apis.native_types import FinishReason, GenerateRequest, Meta
 from weft.gateway.apis.openai_types import CachedDetails
-from weft.gateway.chat.continuation import Continuation, Finished, Piece
+from weft.gateway.chat.continuation import Finished
 from weft.runtime.engine import messages as m
 from weft.runtime.text.tokenizer import Tokenizer
-
-
-def partial_meta(
-    tokenizer: Tokenizer, asked: GenerateRequest, work: Continuation, pieces: Sequence[Piece], id: str
-) -> Meta:
-    """Of a generation under way."""
-    drawn = sum(len(piece.tokens) for piece in pieces)
-    meta = Meta(id=id, prompt_tokens=len(work.tokens), completion_tokens=drawn)
-    if asked.return_logprob:
-        _logprobs(meta, tokenizer, asked, [own for piece in pieces for own in piece.logprobs], [])
-    return meta
 
 
 def whole_meta(tokenizer: Tokenizer, asked: GenerateRequest, end: Finished, id: str) -> Meta:
@@ -47,14 +36,13 @@ def whole_meta(tokenizer: Tokenizer, asked: GenerateRequest, end: Finished, id: 
         spec_accept_length=took.generated / steps,
         receipt=took,
     )
-    if asked.return_logprob:
-        _logprobs(meta, tokenizer, asked, end.logprobs, end.prompt_logprobs)
-        if end.work.scored == 0:
-            first = end.work.tokens[0]
-            meta.input_token_logprobs = [_first(first, _text_of(tokenizer, asked)), *_given(meta)]
-            if asked.top_logprobs_num:
-                tops = meta.input_top_logprobs
-                meta.input_top_logprobs = [None, *(tops if isinstance(tops, list) else ())]
+    tell_logprobs(meta, tokenizer, asked, end.logprobs, end.prompt_logprobs)
+    if asked.return_logprob and end.work.scored == 0:
+        first = end.work.tokens[0]
+        meta.input_token_logprobs = [_first(first, _text_of(tokenizer, asked)), *_given(meta)]
+        if asked.top_logprobs_num:
+            tops = meta.input_top_logprobs
+            meta.input_top_logprobs = [None, *(tops if isinstance(tops, list) else ())]
     return meta
 
 
@@ -71,13 +59,16 @@ def _text_of(tokenizer: Tokenizer, asked: GenerateRequest) -> Callable[[int], st
     return (lambda id: tokenizer.decode([id])) if asked.return_text_in_logprobs else None
 
 
-def _logprobs(
+def tell_logprobs(
     meta: Meta,
     tokenizer: Tokenizer,
     asked: GenerateRequest,
     output: Sequence[m.Logprob],
-    prompt: Sequence[m.Logprob],
+    prompt: Sequence[m.Logprob] = (),
 ) -> None:
+    """If they were asked for."""
+    if not asked.return_logprob:
+        return
     text_of = _text_of(tokenizer, asked)
     meta.output_token_logprobs = [token_entry(own, text_of) for own in output]
     meta.input_token_logprobs = [token_entry(own, text_of) for own in prompt]

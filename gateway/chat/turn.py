@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import random
 import secrets
@@ -17,6 +16,7 @@ import msgspec
 
 from weft.gateway.chat.base import Ended, Part, Prepared, Receipt, TurnRequest, receipt
 from weft.gateway.chat.drawing import Drawn, Keeper, Lease, draw, merged
+from weft.gateway.chat.encoding import aside
 from weft.gateway.chat.replay import Replay, text_of
 from weft.runtime.decoding.params import Grammar
 from weft.runtime.decoding.tool_calls import tool_grammar
@@ -29,7 +29,6 @@ from weft.runtime.text.chat_output import ReplyDelta, ReplyParser
 from weft.runtime.text.tokens import THINK_END
 from weft.runtime.text.turns import turn_cuts
 
-_LONG = 1 << 15  # characters of messages from which on they are encoded in a thread
 _NOTHING = ReplyDelta()
 
 
@@ -49,9 +48,8 @@ class Turns:
         if request.max_tokens is not None and request.max_tokens < 1:
             raise RequestError("max_tokens", request.max_tokens, "must be at least 1")
         messages, drawn = self.replay.apply(request.namespace, request.messages)
-        if sum(len(str(message.get("content"))) for message in messages) > _LONG:
-            return await asyncio.to_thread(self._lay_out, request, messages, drawn)
-        return self._lay_out(request, messages, drawn)
+        size = sum(_size(message) for message in messages)
+        return await aside(size, lambda: self._lay_out(request, messages, drawn))
 
     def _lay_out(
         self, request: TurnRequest, messages: list[dict[str, Any]], drawn: list[array[int] | None]
@@ -171,6 +169,13 @@ class _Found:
         self.tokens += delta.tokens
         self.text.append(delta.text)
         self.logprobs += delta.logprobs
+
+
+def _size(message: Mapping[str, Any]) -> int:
+    """Characters of what it says."""
+    calls = message.get("tool_calls") or ()
+    texts = [text_of(message.get("content")), message.get("reasoning_content") or ""]
+    return sum(map(len, texts)) + sum(len(call["function"]["arguments"]) for call in calls)
 
 
 def _told(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:

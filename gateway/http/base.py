@@ -47,7 +47,8 @@ class Route:
     """One line of the server's table, and of its OpenAPI document.
 
     body, reply: types of the JSON; events: of a stream's data, if it can stream. size: how large a body may be.
-    early: served while the model loads, and while the server drains. gated: counts against the queue.
+    early: served while the model loads, and while the server drains. gated: counts against the queue; weigh: of
+    its body, how many generations it asks for at one time.
     statuses: of errors that come beside those every route of its kind has. query: parameters, by name.
     """
 
@@ -63,6 +64,7 @@ class Route:
     access: Access = "user"
     early: bool = False
     gated: bool = False
+    weigh: Callable[[Any], int] = lambda body: 1
     statuses: tuple[int, ...] = ()
     query: dict[str, Any] = field(default_factory=dict)
     optional_body: bool = False

@@ -39,25 +39,31 @@ class Gate:
             raise HttpError(503, "the server is shutting down", code="draining", retry_after=self.patience())
         if weight > self._share:
             raise HttpError(400, f"{weight} generations at a time; at most {self._share}", code="too_many")
-        if self._of[caller.key] + weight > self._share and self._share < self._most:
-            reason = f"{self._of[caller.key]} of this key's {self._share} places are taken"
-            raise HttpError(429, reason, code="rate_limit_exceeded", retry_after=self.patience())
+        own = self._of[caller.key]
+        if own + weight > self._share and self._share < self._most:
+            reason = f"{own} of this key's {self._share} places are taken"
+            raise HttpError(429, reason, code="rate_limit_exceeded", retry_after=self._seconds / max(1, own))
         if self.under_way + weight > self._most:
             reason = f"{self.under_way} of {self._most} places in the queue are taken"
             raise HttpError(503, reason, code="overloaded", retry_after=self.patience())
         self._of[caller.key] += weight
         self.under_way += weight
         began = time.monotonic()
+        counts = True
         try:
             yield
+        except Exception:  # refused, mostly: that took no time, and says nothing of the others
+            counts = False
+            raise
         finally:
-            self._seconds += (time.monotonic() - began - self._seconds) / 16
+            if counts:
+                self._seconds += (time.monotonic() - began - self._seconds) / 16
             self.under_way -= weight
             self._of[caller.key] -= weight
             if not self._of[caller.key]:
                 del self._of[caller.key]
 
     def patience(self) -> float:
-        """Seconds until those that wait now have begun: each takes what requests took of late, waits included, and
-        so many are served at one time."""
-        return self._seconds * (1 + self.waiting) / max(1, self.running)
+        """Seconds until those that wait now have begun, and one more has its turn. Requests took so long of late,
+        waits included: in that time as many end as are under way."""
+        return self._seconds * (1 + self.waiting) / max(1, self.under_way)

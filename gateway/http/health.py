@@ -7,8 +7,13 @@ from typing import Any, Literal
 import msgspec
 
 from weft.gateway.http.base import Answer, Exchange, Route
+from weft.gateway.http.errors import HttpError
 from weft.gateway.http.openapi import document
+from weft.gateway.http.state import State
 from weft.runtime.decoding.params import SamplingParams
+from weft.runtime.errors import DeadlineExceeded, EngineDead
+
+_PATIENCE = 60.0  # seconds
 
 
 class Health(msgspec.Struct):
@@ -22,7 +27,7 @@ class Health(msgspec.Struct):
 async def health(exchange: Exchange) -> Answer:
     state = exchange.state
     if state.failure is not None or (state.known_engine is not None and state.known_engine.dead):
-        return Answer(Health("failed", state.stage, type(state.failure).__name__), 503)
+        return Answer(Health("failed", state.stage, type(state.failure or EngineDead()).__name__), 503)
     return Answer(Health("ok", state.stage, state.progress))
 
 
@@ -36,7 +41,11 @@ async def ready(exchange: Exchange) -> Answer:
 async def generates(exchange: Exchange) -> Answer:
     """Draws one token."""
     engine = exchange.state.engine
-    await engine.generate([engine.tokenizer.bos], SamplingParams(max_tokens=1), deadline=60.0)
+    try:
+        await engine.generate([engine.tokenizer.bos], SamplingParams(max_tokens=1), deadline=_PATIENCE)
+    except DeadlineExceeded:
+        reason = f"no token within {_PATIENCE:g} s"
+        raise HttpError(503, reason, code="overloaded", retry_after=exchange.state.gate.patience()) from None
     return Answer(Health("ok", exchange.state.stage))
 
 
@@ -47,7 +56,12 @@ async def metrics(exchange: Exchange) -> Answer:
 
 
 async def openapi(exchange: Exchange) -> Answer:
-    return Answer(document(exchange.state.routes))
+    return Answer(exchange.state.part(_written))
+
+
+def _written(state: State) -> str:
+    """The document: the same for all, and long in the making."""
+    return msgspec.json.encode(document(state.routes)).decode()
 
 
 ROUTES = (

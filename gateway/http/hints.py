@@ -1,4 +1,4 @@
-"""Hints about KV that other servers' clients send along (`kv_hints`, Dynamo's `nvext.agent_hints`)."""
+"""Hints about KV that other servers' clients send along (`kv_hints`)."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 from aiohttp import web
@@ -21,6 +22,7 @@ from weft.gateway.http.keys import Caller
 from weft.gateway.http.state import State
 from weft.gateway.http.table import ROUTES
 from weft.runtime.engine.front import Engine
+from weft.runtime.errors import Overloaded
 
 _log = logging.getLogger("weft.gateway")
 _EVERYONE = Caller()
@@ -37,6 +39,7 @@ class Server:
         state.routes = ROUTES
         self._runner: web.AppRunner | None = None
         self._loading: asyncio.Task[None] | None = None
+        self._hurried = False  # what is under way has no more time
         self.port = 0
 
     async def start(self) -> None:
@@ -71,7 +74,7 @@ class Server:
         if state.known_engine is not None:
             state.gate.closed = True
             until = time.monotonic() + state.config.bounds.drain
-            while (state.gate.under_way or state.tasks) and time.monotonic() < until:
+            while (state.gate.under_way or state.tasks) and time.monotonic() < until and not self._hurried:
                 await asyncio.sleep(0.02)
         for task in list(state.tasks):
             task.cancel()
@@ -89,10 +92,7 @@ class Server:
         loop = asyncio.get_running_loop()
 
         def stop() -> None:
-            if ended.is_set():
-                for task in list(self.state.tasks):
-                    task.cancel()
-                object.__setattr__(self.state.config.bounds, "drain", 0.0)
+            self._hurried = ended.is_set()
             ended.set()
 
         for name in (signal.SIGTERM, signal.SIGINT):
@@ -120,14 +120,18 @@ class Server:
         def progress(done: int, total: int, shard: str) -> None:
             state.progress = f"{shard}: {done / 2**20:.1f} of {total / 2**20:.1f} MiB"
 
+        making = asyncio.ensure_future(asyncio.to_thread(self._make, progress))
         try:
-            engine = await asyncio.to_thread(self._make, progress)
+            engine = await asyncio.shield(making)
             state.begin(engine)
+            await engine.stats()  # which a process answers once it has its weights
             state.stage = "warming"
             await self._prepare(state)
             state.stage = "ready"
         except BaseException as error:
             state.failure = error
+            if state.known_engine is None:
+                making.add_done_callback(_close_late)
             raise
 
     # -- one request ------------------------------------------------------------------------------------
@@ -145,6 +149,8 @@ class Server:
             raise
         except Exception as error:
             told = fault(error)
+            if isinstance(error, Overloaded):
+                told = replace(told, retry_after=self.state.gate.patience())
             status = told.status
             return await self._refuse(exchange, told)
         finally:
@@ -158,11 +164,10 @@ class Server:
         if route.access != "open":
             exchange.caller = self._caller(exchange)
         if not route.early:
-            _ = state.engine  # or 503
+            state.serving()
         if route.body is not None:
             await exchange.read()
-        weight = getattr(exchange.body, "n", None) or 1
-        with state.gate.enter(exchange.caller, weight) if route.gated else nullcontext():
+        with state.gate.enter(exchange.caller, route.weigh(exchange.body)) if route.gated else nullcontext():
             answer = await route.handler(exchange)
         if isinstance(answer, Answer):
             headers = exchange.headers() | answer.headers | {"Content-Type": answer.content_type}
@@ -218,3 +223,9 @@ class Server:
             allow = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
             body = Answer(errors.body(shape, told)).encoded()
             return web.Response(body=body, status=error.status, headers=allow, content_type="application/json")
+
+
+def _close_late(making: asyncio.Future[Engine]) -> None:
+    """An engine that came when nobody waited for it any more."""
+    if not making.cancelled() and making.exception() is None:
+        making.result().close()

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
@@ -17,11 +18,13 @@ from weft.gateway.http.gate import Gate
 from weft.gateway.http.metrics import Metrics
 from weft.gateway.http.sessions import Sessions
 from weft.runtime.engine.front import Engine
+from weft.runtime.errors import EngineDead
 
 if TYPE_CHECKING:
     from weft.gateway.http.base import Route
 
 P = TypeVar("P")
+_PATIENCE = 2.0  # seconds for the engine to say how full it is
 Stage = Literal["starting", "loading", "warming", "ready", "draining"]
 _log = logging.getLogger("weft.gateway")
 
@@ -33,7 +36,8 @@ class Closable(Protocol):
 
 @dataclass
 class State:
-    """engine: there once the server is ready. Owned by the server."""
+    """engine: there once its process was begun; requests are served (`serving`) once it has its weights and has
+    drawn a token. Owned by the server."""
 
     config: ServeConfig
     stage: Stage = "starting"
@@ -55,12 +59,17 @@ class State:
             raise HttpError(503, f"the server is {self.stage}", code=self.stage, retry_after=1.0)
         return self._engine
 
+    def serving(self) -> None:
+        """Raises 503 while the model loads."""
+        if self.stage in ("starting", "loading", "warming"):
+            raise HttpError(503, f"the server is {self.stage}", code=self.stage, retry_after=1.0)
+
     @property
     def known_engine(self) -> Engine | None:
         return self._engine
 
     def begin(self, engine: Engine) -> None:
-        """The model is loaded."""
+        """It may be loading still."""
         self._engine = engine
         bounds = self.config.bounds
         self.gate = Gate(bounds, engine.slots)
@@ -82,9 +91,12 @@ class State:
                 part.close()
 
     async def look(self) -> None:
-        """Ask the engine how full it is."""
-        if self._engine is not None and not self._engine.dead:
-            self.kv_usage = (await self._engine.stats()).usage
+        """Ask the engine how full it is. What it said last stands while it loads, or is being replaced."""
+        if self._engine is None or self.stage not in ("ready", "draining"):
+            return
+        with suppress(EngineDead, TimeoutError):
+            async with asyncio.timeout(_PATIENCE):
+                self.kv_usage = (await self._engine.stats()).usage
 
     def go_on(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Run something beyond the request that asked for it; its failure is its own to tell."""
