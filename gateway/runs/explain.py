@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from sglang.lang import ir
@@ -14,11 +15,13 @@ from weft.backend.borders import encoded
 from weft.backend.executor import Limits, State
 from weft.backend.executor.leaves import Plain, leaves, names
 from weft.backend.template import DeepSeekV4Template
+from weft.gateway.chat.encoding import aside, check_text, tokens_of
 from weft.gateway.runs.types import Explanation, Step
 from weft.runtime.engine.front import Engine
 from weft.runtime.errors import RequestError
 
 _MOST = 1000  # steps
+_READ = 1 << 22  # characters before all steps, each step's counted anew
 
 
 class Unforeseen(Exception):
@@ -38,19 +41,33 @@ class _Asked:
         self.first = not lane.computed
 
 
+class _Asks(list[_Asked]):
+    """All that were met. read: characters that are to be encoded for them."""
+
+    read = 0
+
+    def add(self, asked: _Asked) -> None:
+        self.read += len(asked.text) + len(asked.new) + len(asked.own)
+        if len(self) == _MOST:
+            raise Unforeseen(f"more than {_MOST} steps")
+        if self.read > _READ:
+            raise Unforeseen(f"more than {_READ} characters to look at")
+        self.append(asked)
+
+
 class Plan:
     """In the place of a lane: it takes expressions, and draws nothing. path: as a lane's."""
 
     closed = False
     error = None
 
-    def __init__(self, template: DeepSeekV4Template, asked: list[_Asked], path: str = "") -> None:
+    def __init__(self, template: DeepSeekV4Template, asked: _Asks, path: str = "") -> None:
         self.template, self.asked, self.path = template, asked, path
         self.variables: dict[str, Any] = {}
         self.meta: dict[str, Any] = {}
         self.messages: list[dict[str, Any]] = []
-        self.text = ""  # up to what is drawn first
-        self.new = ""  # since something of it was computed
+        self._text: list[str] = []  # up to what is drawn first
+        self._new: list[str] = []  # since something of it was computed
         self.behind = 0  # tokens drawn, at most
         self.computed = False
         self._role: str | None = None
@@ -80,16 +97,27 @@ class Plan:
                     raise Unforeseen(f"{type(leaf).__name__} at {self.path or 'the beginning'}")
             self._unknown.update(names(leaf))
 
+    @property
+    def text(self) -> str:
+        self._text = ["".join(self._text)]
+        return self._text[0]
+
+    @property
+    def new(self) -> str:
+        return "".join(self._new)
+
+    def begin(self, text: str) -> None:
+        """Say what is said already, and known."""
+        self._text, self._new = [text], []
+
     def _say(self, text: str) -> None:
         if not self.behind:
-            self.text += text
-        self.new += text
+            self._text.append(text)
+        self._new.append(text)
 
     def _ask(self, kind: str, name: str | None, draws: int, own: str = "", children: int = 0) -> None:
-        if len(self.asked) == _MOST:
-            raise Unforeseen(f"more than {_MOST} steps")
-        self.asked.append(_Asked(kind, self, name, draws, own, children))
-        self.computed, self.new = True, ""
+        self.asked.add(_Asked(kind, self, name, draws, own, children))
+        self.computed, self._new = True, []
 
     def get(self, name: str) -> Any:
         self.settle(name)
@@ -121,7 +149,8 @@ class Plan:
         for number in range(count):
             child = Plan(self.template, self.asked, f"{self.path}/{self._forks + number}")
             child.variables, child.messages = dict(self.variables), list(self.messages)
-            child.text, child.behind, child.computed = self.text, self.behind, True
+            child.begin(self.text)
+            child.behind, child.computed = self.behind, True
             child._role, child._unknown = self._role, set(self._unknown)
             children.append(child)
         self._forks += count
@@ -155,7 +184,8 @@ class _State(State):
         lanes = plan.fork(len(bodies))
         for lane, body in zip(lanes, bodies, strict=True):
             if fresh:
-                lane.text, lane.new, lane.behind, lane.computed = "", "", 0, False
+                lane.begin("")
+                lane.behind, lane.computed = 0, False
             state = _State(lane)
             if isinstance(body, ir.SglFunction):
                 body.func(state, **body.bind_arguments)
@@ -173,7 +203,7 @@ async def explain(
 ) -> tuple[list[Step], str | None]:
     """Its steps in order, and where it could not be foreseen. Runs the program's own code, but nothing of a
     model."""
-    asked: list[_Asked] = []
+    asked = _Asks()
     stopped: str | None = None
     state = _State(Plan(DeepSeekV4Template(thinking), asked))  # type: ignore[arg-type]
     try:
@@ -187,13 +217,21 @@ async def explain(
         raise
     except Exception as error:  # the program's own code, on values that it does not expect
         stopped = f"{type(error).__name__}: {error}"
-    return [await _step(engine, own, namespace) for own in asked], stopped
+    steps: list[Step] = []
+    text, tokens = "", encoded(engine.tokenizer, "")[0]
+    for own in asked:
+        if own.text != text:  # it stays the same behind what is drawn first
+            text = own.text
+            check_text("text", text)
+            tokens = (await aside(len(text), partial(encoded, engine.tokenizer, text)))[0]
+        steps.append(await _step(engine, own, tokens, namespace))
+    return steps, stopped
 
 
-async def _step(engine: Engine, asked: _Asked, namespace: str) -> Step:
-    tokens, _ = encoded(engine.tokenizer, asked.text)
-    new = len(engine.tokens(asked.new)) if asked.new else 0
-    own = len(engine.tokens(asked.own)) if asked.own else 0
+async def _step(engine: Engine, asked: _Asked, tokens: Sequence[int], namespace: str) -> Step:
+    """tokens: of its text."""
+    new = len(await tokens_of(engine.tokenizer, "text", asked.new))
+    own = len(await tokens_of(engine.tokenizer, "choices", asked.own))
     forked = asked.children * engine.capacity.raw
     if not asked.first:
         # The run itself has computed what comes before, but for the token that was drawn last.

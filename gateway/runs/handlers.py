@@ -93,12 +93,13 @@ async def _run(
     if asked.background:
         kept.task = exchange.state.go_on(_behind(exchange, kept, work))
         return await _events(exchange, kept, 0) if asked.stream else Answer(kept.info)
-    if not asked.stream:
-        await work
-        return _answer(kept)
     kept.task = asyncio.get_running_loop().create_task(work)
     try:
-        return await _events(exchange, kept, 0)
+        if asked.stream:
+            return await _events(exchange, kept, 0)
+        await asyncio.wait({kept.task})
+        _refuse_unbegun(kept.task)
+        return _answer(kept)
     finally:
         await kept.cancel()
 
@@ -119,6 +120,12 @@ async def _behind(exchange: Exchange, kept: Kept, work: Any) -> None:
             raise
 
 
+def _refuse_unbegun(task: asyncio.Task[Any]) -> None:
+    """What was never begun has a status; what another request has cancelled ends as other runs do."""
+    if not task.cancelled():
+        task.result()
+
+
 def _answer(kept: Kept) -> Answer:
     ran = kept.info.status == "failed" and kept.info.usage.tools
     return Answer(kept.info, headers={"x-should-retry": "false"} if ran else {})
@@ -130,7 +137,7 @@ async def _events(exchange: Exchange, kept: Kept, start: int) -> web.StreamRespo
         async for event in events:
             if event.type == "ended" and kept.task is not None and not kept.background:
                 await asyncio.wait({kept.task})
-                kept.task.result()  # what was never begun has a status
+                _refuse_unbegun(kept.task)
             await stream.send(event, event=event.type, id=str(event.id))
     return await stream.done()
 
@@ -211,7 +218,7 @@ ROUTES = (
     ),
     Route(
         "POST", _NAME + ":explain", explain_program, "weft", "What a run would take now.",
-        body=ExplainRequest, reply=Explanation, size="large", statuses=(404,),
+        body=ExplainRequest, reply=Explanation, size="large", gated=True,
     ),
     Route(
         "POST", "/v1/runs", run_inline, "weft", "Run a program in JSON.",
@@ -219,7 +226,7 @@ ROUTES = (
     ),
     Route(
         "POST", "/v1/runs:explain", explain_inline, "weft", "What a run of a program in JSON would take now.",
-        body=InlineExplain, reply=Explanation, size="large",
+        body=InlineExplain, reply=Explanation, size="large", gated=True,
     ),
     Route(
         "GET", "/v1/runs", runs, "weft", "The caller's runs, the latest first.",

@@ -32,7 +32,8 @@ from weft.gateway.runs.inline_types import (
 from weft.runtime.errors import BudgetExceeded, RequestError
 
 _HOLE = re.compile(r"\{\{|\}\}|\{([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z0-9_]+)*)\}")
-_LONGEST = 1 << 24  # characters of all texts that were filled in
+_LONGEST = 1 << 24  # characters that a program may make, read or compare, over all its steps
+_VALUE = 16  # as so many characters a number or a list counts
 
 
 def made_of(program: Inline, tools: Mapping[str, Tool]) -> ir.SglFunction:
@@ -47,7 +48,8 @@ def made_of(program: Inline, tools: Mapping[str, Tool]) -> ir.SglFunction:
 
 
 class _Interpreter:
-    """One run. Its branches share the count of what was done."""
+    """One run. Its branches share the count of what was done: it runs on the event loop, where nothing of a
+    client's may take long."""
 
     def __init__(self, tools: Mapping[str, Tool], arguments: Mapping[str, Any]) -> None:
         self._tools, self._arguments = tools, dict(arguments)
@@ -121,6 +123,7 @@ class _Interpreter:
 
     def _holds(self, s: Any, step: While) -> bool:
         value = self._value(s, step.variable, None)
+        self._spend(_size(value))
         if step.equals is not msgspec.UNSET:
             return bool(value == step.equals)
         if step.differs is not msgspec.UNSET:
@@ -150,6 +153,7 @@ class _Interpreter:
         return default[0]
 
     def _deep(self, s: Any, value: Any) -> Any:
+        self._spend(_VALUE)
         if isinstance(value, str):
             whole = _HOLE.fullmatch(value)
             if whole is not None and whole[1]:
@@ -162,11 +166,18 @@ class _Interpreter:
         return value
 
     def _filled(self, s: Any, text: str) -> str:
-        filled = _HOLE.sub(lambda hole: _text(self._at(s, hole[1])) if hole[1] else hole[0][0], text)
-        self._said += len(filled)
+        def filling(hole: re.Match[str]) -> str:
+            value = _text(self._at(s, hole[1])) if hole[1] else hole[0][0]
+            self._spend(len(value))
+            return value
+
+        self._spend(len(text))
+        return _HOLE.sub(filling, text)
+
+    def _spend(self, size: int) -> None:
+        self._said += size
         if self._said > _LONGEST:
-            raise BudgetExceeded("characters", _LONGEST, "a program says no more")
-        return filled
+            raise BudgetExceeded("characters", _LONGEST, "a program makes and reads no more")
 
     def _at(self, s: Any, path: str) -> Any:
         """`name.key.0`: within objects and lists, and nowhere else."""
@@ -174,6 +185,7 @@ class _Interpreter:
         value = self._value(s, name)
         for step in steps:
             if isinstance(value, str):
+                self._spend(len(value))
                 value = _parsed(value, path)
             if isinstance(value, dict) and step in value:
                 value = value[step]
@@ -195,6 +207,15 @@ def _gen(step: Gen) -> Any:
         "json_schema": json.dumps(step.json_schema) if step.json_schema is not None else None,
     }
     return sgl.gen(step.name, **{name: value for name, value in given.items() if value is not None})
+
+
+def _size(value: Any) -> int:
+    """How much there is to compare, about."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        value = list(value.values())
+    return _VALUE + (sum(map(_size, value)) if isinstance(value, list) else 0)
 
 
 def _text(value: Any) -> str:

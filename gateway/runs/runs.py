@@ -18,16 +18,19 @@ from weft.gateway.http.keys import Caller
 from weft.gateway.http.shelf import Shelf
 from weft.gateway.http.state import State
 from weft.gateway.runs.registry import Registry
-from weft.gateway.runs.types import RunError, RunEvent, RunInfo, RunOptions, RunReceipt
+from weft.gateway.runs.types import RunError, RunEvent, RunInfo, RunOptions, RunReceipt, RunUsage
 from weft.runtime.errors import Overloaded, RequestError
 
 _LONGEST = 2000  # characters of an error
-_EVENTS = 1 << 14  # of a run that are kept; a piece joins the one before it beyond
+_EVENTS = 1 << 14  # of a run, from which on pieces wait until they are longer
+_FIXED = 384  # bytes of an event beside its text
+_PIECE = 1024  # characters of those
 
 
 @dataclass(eq=False)
 class Kept:
-    """A run and its events. Owned by the key that made it."""
+    """A run and its events, which do not change once they are told. Owned by the key that made it. task: what
+    makes it; who cancels that has cancelled the run."""
 
     info: RunInfo
     owner: str
@@ -36,6 +39,7 @@ class Kept:
     task: asyncio.Task[Any] | None = None
     ended: bool = False
     size: int = 2048
+    _held: RunEvent | None = None  # a piece that is not told yet
     _more: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -43,12 +47,27 @@ class Kept:
         return not self.ended
 
     def tell(self, event: RunEvent) -> None:
+        """In a run of very many events short pieces of the same text are told as one."""
+        held, self._held = self._held, None
+        if held is not None and not _continues(held, event):
+            self._tell(held)
+        elif held is not None:
+            event.text = (held.text or "") + (event.text or "")
+        if event.type == "piece" and len(self.events) >= _EVENTS and len(event.text or "") < _PIECE:
+            self._held = event
+        else:
+            self._tell(event)
+
+    def _tell(self, event: RunEvent) -> None:
         event.id = len(self.events)
         self.events.append(event)
-        self.size += 128 + len(event.text or "")
+        self.size += _FIXED + len(event.text or "")
         self._wake()
 
     def end(self) -> None:
+        """As `info` says. Safe to call twice."""
+        if self.ended:
+            return
         self.ended = True
         self.size += len(msgspec.json.encode(self.info))
         self.tell(RunEvent(type="ended", run=self.info))
@@ -64,13 +83,23 @@ class Kept:
             await self._more.wait()
 
     async def cancel(self) -> None:
-        if self.task is not None and not self.task.done():
+        if self.task is not None:
             self.task.cancel()
             await asyncio.wait({self.task})
+            if not self.task.cancelled():
+                self.task.exception()  # was told, or its client has left
+        if not self.ended:  # its task had not begun
+            self.info.status = "cancelled"
+            self.end()
 
     def _wake(self) -> None:
         self._more.set()
         self._more = asyncio.Event()
+
+
+def _continues(held: RunEvent, event: RunEvent) -> bool:
+    same = (held.path, held.variable, held.index) == (event.path, event.variable, event.index)
+    return event.type == "piece" and same
 
 
 class Runs:
@@ -102,11 +131,11 @@ class Runs:
     async def make(
         self, kept: Kept, program: SglFunction, arguments: Mapping[str, Any], asked: RunOptions, namespace: str
     ) -> None:
-        """To its end, whatever that is; what it is then stands in `kept.info`. Raises only for a run that was
-        never begun (`Overloaded`), or when it is cancelled."""
+        """To its end, whatever that is; what it is then stands in `kept.info`. Raises only when it is cancelled,
+        or for a run that was never begun (`Overloaded`) and whose client is there to be told."""
         info = kept.info
         info.status = "running"
-        kept.tell(RunEvent(type="started", run=msgspec.structs.replace(info)))
+        kept.tell(RunEvent(type="started", run=msgspec.structs.replace(info, usage=RunUsage())))
         limits = Limits(seconds=asked.limits.seconds, tokens=asked.limits.tokens)
         given = {**_sampling(asked), **arguments}
         try:
@@ -119,7 +148,7 @@ class Runs:
             raise
         except Exception as error:
             info.status, info.error = "failed", _error(error)
-            if isinstance(error, Overloaded) and not info.usage.receipts:  # it was never begun
+            if isinstance(error, Overloaded) and not info.usage.receipts and not kept.background:
                 self.shelf.forget(info.id)
                 raise
         finally:
@@ -158,19 +187,9 @@ def _sampling(asked: RunOptions) -> dict[str, Any]:
 
 def _piece_to(kept: Kept) -> Any:
     def emit(piece: Piece) -> None:
-        if not piece.text:
-            return
-        last = kept.events[-1]
-        if (
-            len(kept.events) >= _EVENTS
-            and last.type == "piece"
-            and (last.path, last.variable, last.index) == (piece.path, piece.variable, piece.index)
-        ):
-            last.text = (last.text or "") + piece.text
-            return
-        kept.tell(
-            RunEvent(type="piece", path=piece.path, variable=piece.variable, index=piece.index, text=piece.text)
-        )
+        if piece.text:
+            own = {"path": piece.path, "variable": piece.variable, "index": piece.index, "text": piece.text}
+            kept.tell(RunEvent(type="piece", **own))
 
     return emit
 

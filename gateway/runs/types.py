@@ -1,4 +1,5 @@
-"""Programs and runs as they go over the wire."""
+"""Programs and runs as they go over the wire. What a request has that is not known here is refused: a bound that
+was misspelt would be none."""
 
 from __future__ import annotations
 
@@ -10,14 +11,14 @@ from weft.gateway.chat.base import Receipt
 from weft.gateway.runs.inline_types import Inline
 
 
-class RunLimits(msgspec.Struct, kw_only=True):
+class RunLimits(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """What a run may take; the server's own bounds hold besides."""
 
     seconds: Annotated[float, msgspec.Meta(gt=0, le=86400)] | None = None
     tokens: Annotated[int, msgspec.Meta(gt=0, le=1 << 31)] | None = None
 
 
-class RunSampling(msgspec.Struct, kw_only=True):
+class RunSampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Defaults of the run's generations, as SGLang's `run` takes them."""
 
     max_new_tokens: Annotated[int, msgspec.Meta(gt=0, le=1 << 31)] | None = None
@@ -28,7 +29,7 @@ class RunSampling(msgspec.Struct, kw_only=True):
     stop: str | list[str] | None = None
 
 
-class RunOptions(msgspec.Struct, kw_only=True):
+class RunOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """background: the run outlives its request, and is retrieved. stream: its events, as it is made. cache_salt:
     only runs and requests with the same one share KV."""
 
@@ -41,17 +42,17 @@ class RunOptions(msgspec.Struct, kw_only=True):
     metadata: dict[str, str] = {}
 
 
-class InlineRun(RunOptions, kw_only=True):
+class InlineRun(RunOptions, kw_only=True, forbid_unknown_fields=True):
     program: Inline
 
 
-class InlineExplain(msgspec.Struct, kw_only=True):
+class InlineExplain(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     program: Inline
     arguments: dict[str, Any] = {}
     cache_salt: str | None = None
 
 
-class ExplainRequest(msgspec.Struct, kw_only=True):
+class ExplainRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     arguments: dict[str, Any] = {}
     cache_salt: str | None = None
 

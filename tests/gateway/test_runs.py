@@ -10,7 +10,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from support.gateway import Gateway
+from support.gateway import Gateway, events_of, gen, inline
+from support.gateway import run_program as run
 from weft.gateway.runs.registry import Registry
 from weft.runtime.errors import ConfigError
 
@@ -21,33 +22,6 @@ FACTS = "The room of Tolkar is 423. The room of Malles is 118. The room of Vomma
 def client(gateway: Gateway) -> Iterator[httpx2.Client]:
     with gateway.http() as made:
         yield made
-
-
-def run(client: httpx2.Client, name: str, arguments: Any = None, status: int = 200, **options: Any) -> Any:
-    answer = client.post(f"/v1/programs/{name}/runs", json={"arguments": arguments or {}, **options})
-    assert answer.status_code == status, answer.text
-    return answer.json()
-
-
-def inline(
-    client: httpx2.Client, steps: list[Any], arguments: Any = None, status: int = 200, **options: Any
-) -> Any:
-    body = {"program": {"steps": steps}, "arguments": arguments or {}, **options}
-    answer = client.post("/v1/runs", json=body)
-    assert answer.status_code == status, answer.text
-    return answer.json()
-
-
-def events_of(answer: httpx2.Response) -> list[dict[str, Any]]:
-    found = []
-    for block in answer.iter_lines():
-        if block.startswith("data: "):
-            found.append(json.loads(block[6:]))
-    return found
-
-
-def gen(name: str, **options: Any) -> dict[str, Any]:
-    return {"do": "gen", "name": name, "max_tokens": 16, "temperature": 0, **options}
 
 
 def ask(text: str, name: str, **options: Any) -> list[dict[str, Any]]:

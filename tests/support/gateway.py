@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
@@ -106,3 +107,33 @@ def serving(
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+# -- programs -----------------------------------------------------------------------------------------------
+
+
+def run_program(client: httpx2.Client, name: str, arguments: Any = None, status: int = 200, **options: Any) -> Any:
+    answer = client.post(f"/v1/programs/{name}/runs", json={"arguments": arguments or {}, **options})
+    assert answer.status_code == status, answer.text
+    return answer.json()
+
+
+def inline(
+    client: httpx2.Client, steps: list[Any], arguments: Any = None, status: int = 200, **options: Any
+) -> Any:
+    body = {"program": {"steps": steps}, "arguments": arguments or {}, **options}
+    answer = client.post("/v1/runs", json=body)
+    assert answer.status_code == status, answer.text
+    return answer.json()
+
+
+def events_of(answer: httpx2.Response) -> list[dict[str, Any]]:
+    found = []
+    for block in answer.iter_lines():
+        if block.startswith("data: "):
+            found.append(json.loads(block[6:]))
+    return found
+
+
+def gen(name: str, **options: Any) -> dict[str, Any]:
+    return {"do": "gen", "name": name, "max_tokens": 16, "temperature": 0, **options}
