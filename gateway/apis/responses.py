@@ -81,13 +81,13 @@ async def _make(exchange: Exchange, kept: Kept, turn: Prepared, asked: ResponseR
                 await builder.add(event)
                 if isinstance(event, Ended):
                     await builder.end(event, exchange.state.engine.tokenizer, now())
-    except asyncio.CancelledError:
+    except (asyncio.CancelledError, ConnectionError):
         kept.response.status = "cancelled"
         await kept.close()
         raise
     except Exception as error:
         await _failed(kept, error)
-        if not asked.background:
+        if not asked.background and not (asked.stream and kept.told):
             raise
     await kept.close()
 
@@ -96,7 +96,7 @@ async def _failed(kept: Kept, error: Exception) -> None:
     told = fault(error)
     kept.response.status = "failed"
     kept.response.error = ResponseError(told.code or "server_error", told.message)
-    if kept.events:
+    if kept.told:
         await kept.tell(ResponseEvent(type="response.failed", response=kept.response))
     await kept.close()
 

@@ -61,12 +61,10 @@ class Builder:
         if reply.unparsed and reply.finish_reason == "stop":
             await self._content(reply.unparsed)
         whole = reply.finish_reason != "length"
-        await self._close(whole)
-        for call, place in self._calls.items():
-            item = response.output[place]
-            assert isinstance(item, OutputCall)
-            if not reply.tool_calls[call].complete:
-                item.status = "incomplete"  # nobody may run it
+        last = self._last
+        # A call may be whole where the reply is not.
+        calls = {id(response.output[place]): reply.tool_calls[call] for call, place in self._calls.items()}
+        await self._close(calls[id(last)].complete if isinstance(last, OutputCall) else whole)
         if self._top is not None:
             entries = [msgspec.to_builtins(e) for e in logprob_entries(tokenizer, event.logprobs, self._top)]
             for item in response.output:
@@ -127,7 +125,9 @@ class Builder:
         match item:
             case OutputCall():
                 item.arguments = text
-                await self._of_item("response.function_call_arguments.done", arguments=text, name=item.name)
+                if whole:  # else nobody may run it
+                    kind = "response.function_call_arguments.done"
+                    await self._of_item(kind, arguments=text, name=item.name)
             case OutputReasoning():
                 item.content[0].text = text
                 item.encrypted_content = self._sign

@@ -26,10 +26,12 @@ def turn_request(
     for name in ("conversation", "prompt"):
         if getattr(asked, name) is not None:
             raise UnsupportedError(name, "…", "use previous_response_id, or send the items")
+    if asked.truncation not in (None, "disabled"):
+        raise UnsupportedError("truncation", asked.truncation, "what does not fit is refused")
     messages: list[dict[str, Any]] = []
     if asked.instructions:
         messages.append({"role": "system", "content": asked.instructions})
-    messages += messages_of([*before, *items_of(asked)])
+    messages += messages_of([*before, *items_of(asked)], len(before))
     effort = asked.reasoning.effort if asked.reasoning is not None else None
     thinking = exchange.state.config.thinking if effort is None else effort != "none"
     thinking = thinking if asked.thinking is None else asked.thinking
@@ -98,12 +100,13 @@ def _format(asked: ResponseRequest) -> dict[str, Any] | None:
     return {"type": "json_schema", "json_schema": schema}
 
 
-def messages_of(items: Sequence[InputItem]) -> list[dict[str, Any]]:
-    """Reasoning, text and calls that follow one another are one assistant turn."""
+def messages_of(items: Sequence[InputItem], before: int) -> list[dict[str, Any]]:
+    """Reasoning, text and calls that follow one another are one assistant turn. before: how many are of earlier
+    requests."""
     messages: list[dict[str, Any]] = []
     turn: dict[str, Any] | None = None  # the assistant's, still open
     for i, item in enumerate(items):
-        where, kind = f"input[{i}]", item.type or "message"
+        where, kind = f"input[{i - before}]", item.type or "message"
         if kind == "message" and item.role != "assistant":
             turn = None
             messages.append(_message(where, item))

@@ -21,6 +21,8 @@ from weft.gateway.http.errors import HttpError
 from weft.gateway.http.shelf import Shelf
 from weft.gateway.http.state import State
 
+_FIXED = 512  # bytes of an event beside its own
+
 
 class Kept:
     """One response with what it was asked. conversation: the first response of those it goes on from."""
@@ -33,18 +35,20 @@ class Kept:
         self.size = 1024 + len(msgspec.json.encode(self.items))
         self._closed = False
         self._more = asyncio.Condition()
-        self._count = 0
+        self.told = 0  # events
 
     @property
     def under_way(self) -> bool:
         return self.response.status in ("queued", "in_progress")
 
     async def tell(self, event: ResponseEvent) -> None:
-        event.sequence_number = self._count
-        self._count += 1
+        event.sequence_number = self.told
+        self.told += 1
         if self.response.background:
             # Responses and items go on to change; what was told does not.
-            self.events.append(msgspec.json.decode(msgspec.json.encode(event), type=ResponseEvent))
+            raw = msgspec.json.encode(event)
+            self.events.append(msgspec.json.decode(raw, type=ResponseEvent))
+            self.size += _FIXED + len(raw)
             async with self._more:
                 self._more.notify_all()
         if self.listener is not None:
@@ -67,7 +71,7 @@ class Kept:
     async def close(self) -> None:
         """It has ended."""
         self._closed = True
-        self.size += len(msgspec.json.encode(self.response)) * (2 if self.events else 1)
+        self.size += len(msgspec.json.encode(self.response))
         async with self._more:
             self._more.notify_all()
 
