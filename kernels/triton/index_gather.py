@@ -17,7 +17,7 @@ from weft.kernels.layouts import RowLayout, keys_fp8
 from weft.kernels.triton.index_tiles import key_places
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("P",))
 def gather_kernel(
     out_codes, out_scales, pool, tables, P, counts, starts,
     PAGE: tl.constexpr, DATA_PAGE: tl.constexpr, SCALE_PAGE: tl.constexpr, SCALES_AT: tl.constexpr,

@@ -75,23 +75,32 @@ def some_tokens(
     SCALES_AT: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr,
     GROUPS: tl.constexpr, FP4: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """A chunk of rows token..end of one owner, who see up to `most` keys: a tile of keys stays, queries stream."""
-    tiles = tl.minimum(tl.maximum(tl.cdiv(most - first, BK), 0), TILES)
-    for i in range(0, tiles):
-        column = first + i * BK + tl.arange(0, BK)
+    """A chunk of rows token..end of one owner, who see up to `most` keys: two tiles stay, queries stream."""
+    pairs = tl.minimum(tl.maximum(tl.cdiv(most - first, 2 * BK), 0), TILES // 2)
+    for i in range(0, pairs):
+        left = first + 2 * i * BK + tl.arange(0, BK)
+        right = left + BK
         keys, more_keys, scale = load_keys(
-            codes, scales, tables, P, owner, column, column < most, PAGED, PAGE, DATA_PAGE, SCALE_PAGE,
-            SCALES_AT, DIM, BD, GROUPS, FP4, BK,
+            codes, scales, tables, P, owner, left, left < most, PAGED, PAGE, DATA_PAGE, SCALE_PAGE, SCALES_AT, DIM,
+            BD, GROUPS, FP4, BK,
+        )  # fmt: skip
+        next_keys, more_next, next_scale = load_keys(
+            codes, scales, tables, P, owner, right, right < most, PAGED, PAGE, DATA_PAGE, SCALE_PAGE, SCALES_AT,
+            DIM, BD, GROUPS, FP4, BK,
         )  # fmt: skip
         for t in range(token, end):
             heads, more_heads, weight = load_query(q, q_scales, weights, t, N, BN, DIM, BD, GROUPS, FP4)
+            count = tl.load(visible + t)
             score = scores(keys, more_keys, scale, heads, more_heads, weight, FP4)
-            store_scores(out, t, width, column, score, tl.load(visible + t))
+            store_scores(out, t, width, left, score, count)
+            score = scores(next_keys, more_next, next_scale, heads, more_heads, weight, FP4)
+            store_scores(out, t, width, right, score, count)
     for t in range(token, end):
-        fill(out, t, width, first, tiles, BK, TILES)
+        fill(out, t, width, first, 2 * pairs, BK, TILES)
 
 
-@triton.jit
+# Specialised for no value of what changes from step to step, so that serving compiles nothing.
+@triton.jit(do_not_specialize=("P", "T", "width", "chunks"))
 def logits_kernel(
     out, q, q_scales, weights, codes, scales, tables, P, owners, visible, T, width, chunks,
     PAGED: tl.constexpr, PAGE: tl.constexpr, DATA_PAGE: tl.constexpr, SCALE_PAGE: tl.constexpr,

@@ -86,7 +86,8 @@ def store_all(out, count, table, base, PAGE: tl.constexpr, K: tl.constexpr, BK: 
         tl.store(out + entry, row, mask=entry < K)
 
 
-@triton.jit
+# Specialised for no value of what changes from step to step, so that serving compiles nothing.
+@triton.jit(do_not_specialize=("out_stride", "column", "P", "base"))
 def rows_kernel(
     out, out_stride, column, logits, stride, visible, tables, P, sequence, base, PAGE: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
@@ -106,7 +107,7 @@ def rows_kernel(
         store_rows(out, place, entry, chosen, table, base, PAGE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("slabs",))
 def slabs_kernel(
     entries, logits, stride, visible, slabs, K: tl.constexpr, BK: tl.constexpr, BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -131,7 +132,7 @@ def slabs_kernel(
                 tl.store(entries + entry, first + entry, mask=entry < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("out_stride", "column", "P", "base", "slabs"))
 def merge_kernel(
     out, out_stride, column, entries, logits, stride, visible, tables, P, sequence, base, slabs,
     PAGE: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, SLAB: tl.constexpr, BLOCK: tl.constexpr,
