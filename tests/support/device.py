@@ -13,7 +13,7 @@ from torch import Tensor
 
 from support import draw
 from support.run import pools_for, step
-from weft.kernels.gpu import base
+from weft.kernels.gpu import base, copies
 from weft.runtime.cache.capacity import IndexFormat
 from weft.runtime.cache.sequence import SequenceState
 from weft.runtime.config import ModelConfig, preset
@@ -25,13 +25,18 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @contextmanager
-def references() -> Iterator[None]:
-    """Ops on CPU tensors run their references, though Triton could interpret its kernels: which is far slower."""
+def references(*, everywhere: bool = False) -> Iterator[None]:
+    """Ops on CPU tensors, or on all, run their references, though Triton could interpret its kernels: which is far
+    slower."""
+    real = base.arch_of
+
+    def arch_of(kind: str, index: int | None = None) -> base.Arch:
+        return "cpu" if everywhere or kind == "cpu" else real(kind, index)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base, "interpreting", lambda: False)
-        base.arch_of.cache_clear()
+        for module in (base, copies):
+            patch.setattr(module, "arch_of", arch_of)
         yield
-    base.arch_of.cache_clear()
 
 
 @cache

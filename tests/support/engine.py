@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from support.run import run
-from weft.runtime.cache.capacity import KINDS, PageKind, PoolSizes
+from weft.runtime.cache.capacity import KINDS, IndexFormat, KvFormat, PageKind, PoolSizes
 from weft.runtime.cache.pools import Pools
 from weft.runtime.cache.prefix import PrefixCache
 from weft.runtime.checkpoint.dummy import dummy_weights
@@ -34,6 +34,7 @@ from weft.runtime.engine.core import Core
 from weft.runtime.engine.front import Engine
 from weft.runtime.engine.link import ThreadLink
 from weft.runtime.engine.pace import Drafting
+from weft.runtime.model.base import Network
 from weft.runtime.model.batch import Batch
 from weft.runtime.model.model import Model
 from weft.runtime.text.tokenizer import Tokenizer, byte_tokenizer_json
@@ -129,7 +130,7 @@ class Gate:
     fault: raised by the next step, once.
     """
 
-    def __init__(self, model: Model | None = None) -> None:
+    def __init__(self, model: Network | None = None) -> None:
         self._model = model or small_model()
         self.config, self.dtype = self._model.config, self._model.dtype
         self.steps: list[int] = []
@@ -162,18 +163,21 @@ def draft_always(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def running(
-    model: Model | Gate | None = None,
+    model: Network | Gate | None = None,
     *,
     chunk: int = 64,
     queue: int = 64,
     restarts: int = 0,
     drafts: int = 0,
     leaks: bool = False,
+    formats: tuple[KvFormat | None, IndexFormat | None] = (None, None),
     **pools: int,
 ) -> Iterator[Engine]:
-    """An engine, closed at the end, after everything is free again (unless `leaks`)."""
+    """An engine, closed at the end, after everything is free again (unless `leaks`). formats: of KV rows and index
+    keys."""
     sizes = PoolSizes(**({"tokens": 8192, "slots": 40, "context": 1024, "burst": 512, "page": 16} | pools))
-    config = EngineConfig(pools=sizes, limits=CoreLimits(chunk, drafts, queue, restarts))
+    limits = CoreLimits(chunk, drafts, queue, restarts)
+    config = EngineConfig(pools=sizes, limits=limits, kv_format=formats[0], index_format=formats[1])
     engine = Engine(model or small_model(), byte_tokenizer(), config)  # type: ignore[arg-type]
     try:
         yield engine

@@ -1,0 +1,44 @@
+"""One step of the model through the Triton kernels, interpreted or on a GPU, beside the ops' references."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from support import draw
+from support.device import DEVICE, logits_of, on_device, references, tokens_for
+from support.engine import small_config
+from weft.kernels.gpu import base, interpreter
+from weft.runtime.model.cuda.model import DeviceModel
+
+if DEVICE == "cpu":
+    interpreter.install()
+
+
+def both(model: DeviceModel, ids: list[int], chunks: tuple[int, ...]) -> torch.Tensor:
+    """The largest difference of each row."""
+    got = logits_of(model, ids, chunks)
+    with references(everywhere=True):
+        want = logits_of(model, ids, chunks)
+    return (got - want).abs().amax(1)
+
+
+def test_a_step_of_every_kind_of_layer() -> None:
+    """Kernels take attention's products in float16, 2^-11 of their size, and add in float32: rows are off by about
+    1e-3, more where a value is rounded the other way, and by something else altogether if a kernel is wrong."""
+    if DEVICE == "cpu":
+        assert base.arch_of("cpu") == "interpreter"
+    config = small_config(0, 4, 128)
+    model = on_device(config, draw.random_weights(config, 0))
+    difference = both(model, tokens_for(model, 27), (26, 1))
+    assert float(difference.median()) < 5e-3
+    assert float(difference.max()) < 0.2
+
+
+@pytest.mark.slow
+def test_an_entry_of_128_and_its_successors() -> None:
+    config = small_config(4, 128)
+    model = on_device(config, draw.random_weights(config, 1))
+    difference = both(model, tokens_for(model, 135), (100, 1, 30, 4))
+    assert float(difference.median()) < 5e-3
+    assert float(difference.max()) < 0.3
