@@ -54,7 +54,7 @@ def _row(result: m.Logprob, tokenizer: Tokenizer) -> str:
 
 
 def load_engine(args: argparse.Namespace) -> Engine:
-    config = EngineConfig(dtype=args.dtype, quant_sim=args.quant_sim)
+    config = EngineConfig(device=args.device, dtype=args.dtype, quant_sim=args.quant_sim)
     path = EMBEDDED if args.model == "embedded" else Path(args.model)
     engine = Engine.load(path, config, _show_progress)
     print(engine.capacity.line(), file=sys.stderr)

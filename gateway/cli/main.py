@@ -86,6 +86,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     about = "checkpoint: config, weights, tokenizer.json; default: the model that comes with weft"
     parser.add_argument("--model", default="embedded", metavar="DIR", help=about)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: one NVIDIA GPU, with Triton")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--quant-sim", action="store_true", help="round KV as the released model does")
 

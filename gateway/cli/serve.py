@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     )
     sizes = PoolSizes()
     engine = EngineConfig(
+        device=args.device,
         dtype=args.dtype,
         quant_sim=args.quant_sim,
         pools=PoolSizes(
