@@ -23,7 +23,7 @@ from weft.runtime import errors
 from weft.runtime.config import ModelConfig
 from weft.runtime.decoding.params import SamplingParams
 from weft.runtime.engine import messages as m
-from weft.runtime.engine.child import CoreProcess
+from weft.runtime.engine.child import CoreProcess, check_driver
 from weft.runtime.engine.config import EngineConfig
 from weft.runtime.engine.handle import Output, Sequence, absolute, remaining, within
 from weft.runtime.engine.link import Link, ProcessLink, ThreadLink
@@ -101,6 +101,7 @@ class Engine:
         if process:
             if not isinstance(source, Path):
                 raise errors.ConfigError("process", True, "needs a checkpoint folder: a model cannot move")
+            check_driver(self.config)
             return ProcessLink(CoreProcess(source.resolve(), self.config), self._deliver, self._on_death, restarts)
         host: Any = import_module("weft.runtime.engine.host")
         model = host.load_model(source, self.config, progress) if isinstance(source, Path) else source

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Callable
-from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 
 from weft.runtime.checkpoint.reader import Checkpoint
 from weft.runtime.engine import messages as m
+from weft.runtime.engine.child import check_driver
 from weft.runtime.engine.config import EngineConfig
 from weft.runtime.engine.core import Core
 from weft.runtime.engine.link import MakeCore, run_core
@@ -45,12 +45,11 @@ def load_model(path: Path, config: EngineConfig, progress: Progress | None = Non
 
 def check_device(config: EngineConfig) -> None:
     """Raises `ConfigError` if this machine lacks what the device needs."""
+    check_driver(config)
     if config.device == "cpu":
         return
     if not torch.cuda.is_available():
         raise ConfigError("device", config.device, "torch sees no NVIDIA GPU")
-    if find_spec("triton") is None:
-        raise ConfigError("device", config.device, "Triton is not installed (pip install triton)")
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
         raise ConfigError("device", config.device, f"compute capability {major}.{minor}, 8.0 is needed")

@@ -9,7 +9,7 @@ import torch
 
 from weft.runtime.config import preset
 from weft.runtime.decoding.params import SamplingParams
-from weft.runtime.engine import host
+from weft.runtime.engine import child, host
 from weft.runtime.engine.config import EngineConfig
 from weft.runtime.engine.front import EMBEDDED, Engine
 from weft.runtime.errors import ConfigError
@@ -36,17 +36,23 @@ def test_what_cuda_cannot_do_is_refused_by_name(field: str, value: object) -> No
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_an_engine_says_so() -> None:
-    with pytest.raises(ConfigError, match="sees no NVIDIA GPU"):
-        Engine(EMBEDDED, config=EngineConfig(device="cuda"))
+    """Before a process is started, too."""
+    for process in (False, True):
+        with pytest.raises(ConfigError, match="NVIDIA"):
+            Engine(EMBEDDED, config=EngineConfig(device="cuda"), process=process)
 
 
 def test_a_machine_is_asked_for_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     config = EngineConfig(device="cuda")
+    monkeypatch.setattr(child.ctypes, "CDLL", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="torch sees no NVIDIA GPU"):
+        host.check_device(config)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     with pytest.raises(ConfigError, match="capability 7"):
         host.check_device(config)
-    monkeypatch.setattr(host, "find_spec", lambda name: None)
+    monkeypatch.setattr(child, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="Triton is not installed"):
         host.check_device(config)
 
