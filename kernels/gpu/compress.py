@@ -149,7 +149,7 @@ def compress_c128(
     if (implementation or choose_c128(arch(rows), installed()).implementation) == "reference":
         reference.compress_c128(rows, ape, fold, norm, cos_sin_entries, plan, pool, eps, behind=behind)
         return
-    from weft.kernels.triton.compress import compress_c128 as launch
+    from weft.kernels.triton.compress_c128 import compress_c128 as launch
 
     launch(rows, ape, fold, norm, cos_sin_entries, plan, pool, eps, behind=behind)
 

@@ -26,10 +26,10 @@ def pack(values: Tensor, layout: RowLayout) -> tuple[Tensor, Tensor]:
     assert values.shape[1] == layout.channels
     scales, stored = _scales(values, layout)
     coded = _grouped(values.double(), layout)
-    if layout.scales == "float32":  # by definition a float32 division
-        scaled = (coded.float() / scales.float()[:, :, None]).double()
-    else:
+    if layout.scales == "e8m0":
         scaled = coded / scales[:, :, None]
+    else:  # a float32 division, by definition: a quotient next to a middle may round to it
+        scaled = (coded.float() / scales.float()[:, :, None]).double()
     scaled = scaled.flatten(1)[:, : layout.coded]
     plain = values[:, layout.coded :].to(torch.bfloat16).contiguous().view(torch.uint8)
     return torch.cat((_codes(scaled, layout), plain.reshape(len(values), 2 * layout.plain)), 1), stored
