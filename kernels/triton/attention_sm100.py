@@ -1,8 +1,8 @@
 """Sparse MLA decode on Blackwell: launch, budgets and byte counts of `attention_sm100_kernel`.
 
-Not run anywhere yet: no Blackwell was at hand. Compiled for sm_100a; its arithmetic is modelled step for step in
-the tests, and so are its barriers. Formats: V4's 584-byte rows (448 e4m3 codes in groups of 64, 64 bfloat16
-channels), any number of heads.
+Not run on a GPU yet: no Blackwell was at hand. It is compiled for sm_100a, and tests run its source on the CPU,
+with its partitions, copies and products in random order. Formats: V4's 584-byte rows (448 e4m3 codes in groups of
+64, 64 bfloat16 channels), any number of heads.
 
 One thread block takes one query, 64 of its heads and one split of its columns, 64 columns a tile. A tile's rows
 come by TMA gather4 (the pool is an array of 576-byte rows, so a row number is a coordinate; its 8 bytes of scales
@@ -52,8 +52,6 @@ DIM = 512
 HEADS = 64
 KEYS = 64
 DATA = 576
-# Also in `attention_sm100_softmax`, which needs Gluon.
-SLACK = 8.0
 # Columns of one thread block: the window and 1,024 entries fit unsplit; an unsplit list moves least.
 SPLIT = 2560
 
