@@ -66,7 +66,7 @@ class Pools:
         tail_width = 4 * (dim + config.index_head_dim)
         self.c4_tail = self._zeros(c4_layers, sizes.raw, C4_TAIL, tail_width)
         self.c128_fold = self._zeros(c128_layers, sizes.raw, 3, dim)
-        self.streams = self._zeros(sizes.raw, config.hc_mult, config.hidden_size).to(dtype)
+        self.streams = self._zeros(sizes.raw, config.hc_mult, config.hidden_size, dtype=dtype)
         # Row of the first entry of each page of a slot's sequence; 0 (the null page) where it holds none.
         self.tables = {
             kind: torch.zeros(sizes.slots, sizes.table_columns(kind), dtype=torch.int64) for kind in KINDS
@@ -80,13 +80,13 @@ class Pools:
         fixed = (self.c4_tail, self.c128_fold, self.streams, *self.tables.values())
         return sum(rows.nbytes for rows in (*self.kv, *self.index_keys)) + sum(t.nbytes for t in fixed)
 
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, device=self.device)
+    def _zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def _rows(self, layout: RowLayout | None, pages: int, width: int) -> Rows:
         if layout is not None:
             return PagedRows(pages, layout, self.device)
-        return DenseRows(self._zeros(pages * self.sizes.page, width).to(self.dtype))
+        return DenseRows(self._zeros(pages * self.sizes.page, width, dtype=self.dtype))
 
     @property
     def free_slots(self) -> int:

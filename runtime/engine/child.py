@@ -28,8 +28,8 @@ class CoreProcess:
 
 
 def check_driver(config: EngineConfig) -> None:
-    """Raises `ConfigError` if this machine plainly lacks what the device needs, as far as can be told without torch:
-    a core's process could only die of it."""
+    """Raises `ConfigError` if this machine plainly lacks what the device needs, as far as can be told without
+    torch: a core's process could only die of it."""
     if config.device == "cpu":
         return
     if find_spec("triton") is None:

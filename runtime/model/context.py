@@ -17,7 +17,7 @@ from weft.runtime.model.batch import Batch
 class Rope:
     """Frequencies of the two kinds of layer: plain, and YaRN for the compressed ones."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device | str = "cpu") -> None:
         dim, scaling = config.qk_rope_head_dim, config.rope_scaling
         self.plain = inverse_frequencies(dim, config.rope_theta)
         if scaling is None:
@@ -31,6 +31,7 @@ class Rope:
                 beta_fast=scaling.beta_fast,
                 beta_slow=scaling.beta_slow,
             )
+        self.plain, self.compressed = self.plain.to(device), self.compressed.to(device)
 
 
 @dataclass(frozen=True)

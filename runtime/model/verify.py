@@ -29,8 +29,8 @@ class TakeBack:
         batch, pools = self._batch, self._batch.pools
         slot, start = int(batch.slots[number]), int(batch.starts[number])
         assert 0 < count <= batch.counts[number] <= C4_TAIL and batch.folds is not None
-        rows = np.arange(start + count, batch.ends[number]) % C4_TAIL
-        if rows.size:
+        rows = from_numpy(np.arange(start + count, batch.ends[number]) % C4_TAIL)
+        if len(rows):
             pools.c4_tail[:, slot, rows] = self._tails[:, number, rows]
         if (start + count) % C128:  # else the next token opens a group
             for layer, behind in batch.folds.items():

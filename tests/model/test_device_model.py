@@ -24,12 +24,13 @@ from support.device import (
 from support.pools import poison
 from support.run import pools_for, step
 from weft.runtime.cache.base import Span, replay_start
-from weft.runtime.cache.capacity import Capacity, IndexFormat, PoolSizes
+from weft.runtime.cache.capacity import Capacity, IndexFormat, PageKind, PoolSizes
 from weft.runtime.cache.device_pools import DevicePools
 from weft.runtime.cache.sequence import SequenceState
 from weft.runtime.errors import ConfigError
 from weft.runtime.model.base import Network
 from weft.runtime.model.batch import Batch
+from weft.runtime.model.cuda import compressor
 from weft.runtime.model.cuda.model import DeviceModel
 from weft.runtime.model.verify import TakeBack
 from weft.runtime.model.weights import Draining
@@ -86,6 +87,16 @@ def test_chunks_and_pages_change_nothing(chunks: tuple[int, ...], page: int) -> 
     _, device = pair(0)
     ids = tokens_for(device, 140, 1)
     assert_same_but_for_rounding(logits_of(device, ids, chunks, page), logits_of(device, ids))
+
+
+@pytest.mark.parametrize("chunks", [(150,), (139, 4, 7)])
+def test_scores_are_made_a_few_rows_at_a_time(chunks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gathered keys in prefill, pages in decode; an index of more rows than fit changes nothing."""
+    _, device = pair(0)
+    ids = tokens_for(device, 150)
+    want = logits_of(device, ids, chunks)
+    monkeypatch.setattr(compressor, "_SCORES", 1)
+    assert torch.equal(logits_of(device, ids, chunks), want)
 
 
 def test_sequences_together_are_as_each_alone() -> None:
@@ -177,6 +188,12 @@ def test_forks_copy_what_they_write_and_read_only_their_own() -> None:
     pools.check()
 
 
+def chain_of(state: SequenceState, cut: int) -> dict[PageKind, dict[int, int]]:
+    """The entry pages of its first `cut` tokens."""
+    kinds: tuple[tuple[PageKind, int], ...] = (("c4", 4), ("c128", 128))
+    return {kind: {n: state.pages[kind][n] for n in range(-(-(cut // ratio) // 16))} for kind, ratio in kinds}
+
+
 @pytest.mark.parametrize("cut", [64, 149])
 def test_a_replay_gives_the_state_of_a_cold_run(cut: int) -> None:
     """Behind a chain that another sequence has; rows before the replay are NaN."""
@@ -187,8 +204,7 @@ def test_a_replay_gives_the_state_of_a_cold_run(cut: int) -> None:
     first = SequenceState(pools)
     step(device, [(first, ids[:170])])
     state = SequenceState(pools)
-    chain = {k: {n: first.pages[k][n] for n in range(-(-(cut // r) // 16))} for k, r in (("c4", 4), ("c128", 128))}
-    state.adopt(chain, cut)
+    state.adopt(chain_of(first, cut), cut)
     state.begin_replay(replay_start(device.config, cut))
     poison(pools)
     while state.behind:
@@ -261,3 +277,31 @@ def test_drafts_are_taken_back() -> None:
             got = device.logits(rows[number][:good])
             assert_same_but_for_rounding(got, want[state.length : state.length + good])
             state.commit(good)
+
+
+def test_drafts_beside_a_replay() -> None:
+    """A batch that leaves out rows from layer to layer notes the folds behind a draft's rows all the same."""
+    _, device = pair(1)
+    ids, cut, at = tokens_for(device, 265), 190, 205
+    pools = pools_for(device, [ids] * 3, 16, "fp8", "fp4")
+    drafting, replaying = SequenceState(pools), SequenceState(pools)
+    step(device, [(drafting, ids[:at])])
+    replaying.adopt(chain_of(drafting, cut), cut)
+    replaying.begin_replay(replay_start(device.config, cut))
+    while replaying.behind:
+        count = min(3, replaying.behind)
+        drafting.reserve(3)
+        replaying.reserve(count)
+        batch = Batch(pools, [replaying.span(count), drafting.span(3)], drafts=True)
+        assert batch.replays
+        back = TakeBack(batch)
+        fed = [*ids[replaying.length : replaying.length + count], ids[drafting.length], 3, 4]
+        rows = device.forward(torch.tensor(fed), batch)[count:]
+        back.keep(1, 1, rows)
+        replaying.commit(count)
+        drafting.commit(1)
+    assert at + 20 < drafting.length < 256, "the group whose fold was taken back is not complete yet"
+    want = logits_of(device, ids)
+    rest = step(device, [(drafting, ids[drafting.length :])])[0]
+    assert_same_but_for_rounding(device.logits(rest), want[-len(rest) :])
+    assert_same_but_for_rounding(device.logits(pools.streams[[replaying.slot]]), want[cut - 1 : cut])

@@ -37,7 +37,7 @@ def step_of(lengths: list[tuple[int, int]], page: int) -> DeviceStep:
         state.reserve(now)
         spans.append(state.span(now))
     batch = Batch(pools, spans)
-    return DeviceStep(batch, torch.arange(batch.tokens), Rope(CONFIG), KINDS)
+    return DeviceStep(batch, torch.arange(batch.tokens), Rope(CONFIG, DEVICE), KINDS)
 
 
 def listed(keys: Keys) -> list[list[int]]:
@@ -74,7 +74,7 @@ def test_a_query_has_the_same_list_in_every_step(page: int) -> None:
     whole = step_of([(0, 300)], page)
     parts = step_of([(0, 300)], page)
     parts.batch = Batch(whole.pools, [Span(0, 200, 100)])
-    later = DeviceStep(parts.batch, torch.arange(100), Rope(CONFIG), KINDS)
+    later = DeviceStep(parts.batch, torch.arange(100), Rope(CONFIG, DEVICE), KINDS)
     for name in ("window_keys", "c4_keys", "c128_keys"):
         a, b = getattr(whole, name), getattr(later, name)
         assert torch.equal(a.lengths[200:], b.lengths)

@@ -1,4 +1,4 @@
-"""Drive a `Model` over token lists without the engine: chunked, batched, with all logits kept."""
+"""Drive a model over token lists without the engine: chunked, batched, with all logits kept."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from weft.runtime.cache.capacity import IndexFormat, KvFormat, PoolSizes
 from weft.runtime.cache.pools import Pools
 from weft.runtime.cache.sequence import SequenceState
+from weft.runtime.model.base import Network
 from weft.runtime.model.batch import Batch
-from weft.runtime.model.model import Model
 
 
 def pools_for(
-    model: Model,
+    model: Network,
     sequences: Sequence[Sequence[int]],
     page: int = 16,
     kv: KvFormat = "model",
@@ -33,7 +33,7 @@ def pools_for(
     return model.make_pools(sizes, kv, index)
 
 
-def step(model: Model, work: Sequence[tuple[SequenceState, Sequence[int]]]) -> list[Tensor]:
+def step(model: Network, work: Sequence[tuple[SequenceState, Sequence[int]]]) -> list[Tensor]:
     """One forward over (sequence, its next tokens); returns each sequence's streams [n, hc, D]."""
     for state, ids in work:
         state.reserve(len(ids))
@@ -46,7 +46,9 @@ def step(model: Model, work: Sequence[tuple[SequenceState, Sequence[int]]]) -> l
     return list(streams.split([len(ids) for _, ids in work]))
 
 
-def run_streams(model: Model, ids: Sequence[int], chunks: Sequence[int] | int = 1 << 20, page: int = 16) -> Tensor:
+def run_streams(
+    model: Network, ids: Sequence[int], chunks: Sequence[int] | int = 1 << 20, page: int = 16
+) -> Tensor:
     """Streams [S, hc, D] of one sequence, fed in chunks (one size, or sizes used in turn)."""
     state = SequenceState(pools_for(model, [ids], page))
     sizes = [chunks] if isinstance(chunks, int) else list(chunks)
@@ -60,13 +62,13 @@ def run_streams(model: Model, ids: Sequence[int], chunks: Sequence[int] | int = 
     return torch.cat(out)
 
 
-def run(model: Model, ids: Sequence[int], chunks: Sequence[int] | int = 1 << 20, page: int = 16) -> Tensor:
+def run(model: Network, ids: Sequence[int], chunks: Sequence[int] | int = 1 << 20, page: int = 16) -> Tensor:
     """Logits [S, V] of one sequence."""
     return model.logits(run_streams(model, ids, chunks, page))
 
 
 def run_together(
-    model: Model, sequences: Sequence[Sequence[int]], chunks: Sequence[int], page: int = 16
+    model: Network, sequences: Sequence[Sequence[int]], chunks: Sequence[int], page: int = 16
 ) -> list[Tensor]:
     """Logits of sequences run in one batch, sequence i in chunks of chunks[i], until all are done."""
     pools = pools_for(model, sequences, page)
@@ -88,7 +90,7 @@ def run_together(
     return [model.logits(torch.cat(parts)) for parts in out]
 
 
-def greedy(model: Model, prompt: Sequence[int], steps: int) -> list[int]:
+def greedy(model: Network, prompt: Sequence[int], steps: int) -> list[int]:
     """`steps` tokens by argmax, one decode step each."""
     state = SequenceState(pools_for(model, [[*prompt, *[0] * steps]]))
     out: list[int] = []

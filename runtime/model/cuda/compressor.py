@@ -13,8 +13,10 @@ from weft.runtime.config import ModelConfig
 from weft.runtime.model.cuda.step import DeviceStep, Keys
 from weft.runtime.model.cuda.weights import DeviceWeights
 
-# Scores of so many bytes at a time: they are [tokens, entries] float32.
+# Scores of so many bytes at a time: they are [tokens, entries] float32. Tokens in multiples, so that slices of
+# index tensors begin at multiples of 16 bytes.
 _SCORES = 256 << 20
+_MULTIPLE = 4
 
 
 class C128Compressor:
@@ -88,7 +90,7 @@ class C4Compressor:
         weights = self.weights_proj(x).float() * self.score_scale
         query = index_query(q, weights, step.compressed, codes=pool.layout.codes, hadamard=True)
         score = Scores(query, step, pool)
-        rows = max(1, _SCORES // (4 * step.most_visible))
+        rows = max(1, _SCORES // (4 * step.most_visible) // _MULTIPLE) * _MULTIPLE
         for start in range(0, step.tokens, rows):
             part = slice(start, start + rows)
             top_k_rows(

@@ -44,7 +44,7 @@ class DeviceModel:
         self.config = config
         self.dtype = dtype
         self.deterministic = deterministic
-        self.rope = Rope(config)
+        self.rope = Rope(config, self.device)
         self.embed = weights.model("embed.weight")
         self.blocks = [
             Block(config, weights.under(f"layers.{i}."), i, kind, hashed=config.is_hash_layer(i))

@@ -41,7 +41,7 @@ class DeviceStep:
     """Index tensors of a batch on its pools' device. Expires with the batch."""
 
     def __init__(self, batch: Batch, ids: Tensor, rope: Rope, kinds: Collection[LayerKind]) -> None:
-        """ids: [T] int64 on the host. kinds: of the layers that will run."""
+        """ids: [T] int64 on the host. rope: on the device. kinds: of the layers that will run."""
         assert isinstance(batch.pools, DevicePools)
         self.batch = batch
         self.pools = batch.pools
@@ -194,7 +194,7 @@ class DeviceStep:
 
 def _rotation(positions: Tensor, frequencies: Tensor) -> Tensor:
     """[T] int32, [rope / 2] -> [T, rope]."""
-    angle = positions.float()[:, None] * frequencies.to(positions.device)
+    angle = positions.float()[:, None] * frequencies
     return torch.cat((angle.cos(), angle.sin()), 1)
 
 
