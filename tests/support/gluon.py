@@ -54,33 +54,18 @@ def _operator(name: str) -> Callable[[T, Any], T]:
     return apply
 
 
-for _name in [
-    "add",
-    "radd",
-    "sub",
-    "mul",
-    "rmul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "and",
-    "rshift",
-    "lshift",
-    "lt",
-    "gt",
-    "le",
-    "ge",
-    "eq",
-    "ne",
-]:
+_ARITHMETIC = ("add", "radd", "rsub", "sub", "mul", "rmul", "truediv", "floordiv", "mod", "and")
+_LOGIC = ("rshift", "lshift", "lt", "gt", "le", "ge", "eq", "ne")
+for _name in _ARITHMETIC + _LOGIC:
     setattr(T, f"__{_name}__", _operator(f"__{_name}__"))
 
 
 class Pointer:
-    """To elements of a tensor."""
+    """To elements of a tensor, and to what lies behind it in its storage."""
 
     def __init__(self, data: Tensor, at: Any = 0) -> None:
-        self.data, self.at = data.view(-1), at
+        size = data.untyped_storage().size() // data.itemsize - data.storage_offset()
+        self.data, self.at = data.as_strided((size,), (1,)), at
         self.dtype = SimpleNamespace(element_ty=data.dtype)
 
     def __add__(self, offset: Any) -> Pointer:

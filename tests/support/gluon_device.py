@@ -36,13 +36,21 @@ class Device:
         self.current: Partition | None = None
         self.program: tuple[int, ...] = ()
 
-    def run(self, modules: list[ModuleType], name: str, grid: tuple[int, ...], *args: Any) -> None:
-        """Every program of the grid of a kernel whose functions are in `modules`."""
-        kernel = self.functions(modules)[name]
+    def run(self, kernel: Callable[..., None], grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+        """Every program of the grid of a kernel that is one of `functions`, with a launch's arguments."""
+        values = tuple(map(self.argument, arguments))
         for number in range(math.prod(grid)):
             self.program = tuple(number // math.prod(grid[:i]) % grid[i] for i in range(len(grid)))
-            kernel(*args)
+            kernel(*values)
             assert not self.copies and not self.products, "a program ended before its copies or products"
+
+    @staticmethod
+    def argument(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return Pointer(value)
+        if hasattr(value, "block_shape"):
+            return Descriptor(value.base, tuple(value.block_shape), value.layout.swizzle_byte_width)
+        return value
 
     def functions(self, modules: list[ModuleType]) -> dict[str, Any]:
         """The modules' functions with this device in place of Gluon."""

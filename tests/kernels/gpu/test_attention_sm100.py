@@ -4,12 +4,15 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
-from support.gluon import Descriptor, Pointer, T
 from support.gluon_device import Device
 from weft.kernels.gpu.attention import least_bytes
 from weft.kernels.gpu.base import Pages
@@ -17,7 +20,20 @@ from weft.kernels.layouts import kv_fp8, kv_fp8_v41
 from weft.kernels.reference.attention import Example, example
 from weft.kernels.reference.attention import sparse_attention as reference
 from weft.kernels.reference.rows import gather, store
-from weft.kernels.triton.attention_sm100 import BOXES, DATA, DIM, KEYS, LOG2E, available, moved, supports
+from weft.kernels.triton.attention_sm100 import (
+    DATA,
+    DIM,
+    KEYS,
+    _descriptors,
+    aot,
+    available,
+    moved,
+    sparse_decode_sm100,
+    supports,
+)
+
+if available():
+    from weft.kernels.triton import attention_sm100_kernel, attention_sm100_softmax
 
 FLASH = kv_fp8(64, 448, 64)
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-9}
@@ -28,35 +44,27 @@ runs_source = pytest.mark.skipif(
 )
 
 
-def launch(e: Example, split: int, seed: int = 0, without: tuple[str, str, int] | None = None) -> Tensor:
-    """As `sparse_decode_sm100`, on `Device`."""
-    from weft.kernels.triton import attention_sm100_kernel, attention_sm100_softmax
-    from weft.kernels.triton.attention import merge
+class Emulated:
+    """The kernel, launched on `Device`."""
 
-    tokens, heads, _ = e.q.shape
-    splits = max(1, -(-e.index.shape[1] // split))
-    out = torch.full(e.q.shape, torch.nan)
-    parts = torch.full((tokens, splits, heads, DIM), torch.nan)
-    tops, totals = torch.full((2, tokens, splits, heads), torch.nan)
-    rows = e.pool.bytes.view(-1, DATA)
-    views = (e.q.view(-1, DIM), rows, rows, rows.view(torch.bfloat16))
-    tensors = (e.pool.bytes.view(torch.int64), e.index, e.lengths, e.sink, out, parts, tops, totals)
-    layout = e.pool.layout
-    Device(seed, without).run(
-        [attention_sm100_kernel, attention_sm100_softmax],
-        "attend",
-        (tokens * -(-heads // 64), splits),
-        *(Descriptor(x, box, line) for x, (box, _, line) in zip(views, BOXES, strict=True)),
-        *map(Pointer, tensors),
-        *(T(torch.tensor(n)) for n in (e.index.stride(0), heads, splits)),
-        e.scale * LOG2E,
-        split,
-        layout.page,
-        layout.page_bytes // DATA,
-    )
-    if splits > 1:
-        merge[tokens, heads](out, parts, tops, totals, e.lengths, e.sink, heads, splits, split, DIM, DIM)
-    return out
+    def __init__(self, seed: int, without: Any) -> None:
+        self.device = Device(seed, without)
+        self.kernel = self.device.functions([attention_sm100_kernel, attention_sm100_softmax])["attend"]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments, num_warps: self.device.run(self.kernel, grid, arguments)
+
+
+def launch(
+    e: Example,
+    split: int,
+    seed: int = 0,
+    without: tuple[str, str, int] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    emulated = Emulated(seed, without)
+    with patch.object(attention_sm100_kernel, "attend", emulated):
+        return sparse_decode_sm100(e.q, e.pool, e.index, e.lengths, e.sink, e.scale, dtype, split)
 
 
 def check(e: Example, split: int) -> None:
@@ -122,6 +130,17 @@ def test_logits_that_grow(dtype: torch.dtype) -> None:
     size = 2.0 ** (torch.arange(640) % 320 // KEYS)
     store(e.pool, e.index.flatten(), torch.randn(640, DIM) * size[:, None])
     check(e, split=2560)
+
+
+@runs_source
+def test_dtypes_and_strides() -> None:
+    """float32 queries are multiplied in float16; the list may be a part of a wider one."""
+    e = example(2, 70, 16, FLASH, dtype=torch.float32)
+    e = replace(e, q=e.q.half().float())
+    part = replace(e, index=torch.cat((e.index, e.index), 1)[:, :70])
+    out = launch(replace(e, q=e.q.half()), 2560, dtype=torch.bfloat16)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(launch(part, 2560, dtype=torch.bfloat16), out)
 
 
 @runs_source
@@ -205,6 +224,13 @@ def test_a_tile_is_its_chunks() -> None:
     # A row stays in its 128 bytes, so rows that gather4 brings four at a time lie one behind the other.
     assert all(row == place // 128 for place, (row, _) in enumerate(raw))
     assert all(row == place // 64 for place, (row, _) in enumerate(places(8, 64, 64)))
+
+
+@needs_gluon
+def test_launches_what_was_compiled() -> None:
+    e = example(2, 70, 16, FLASH)
+    signature = next(case for case in aot() if case.name.endswith("float16")).signature
+    assert [d.__mangle__() for d in _descriptors(e.q, e.pool)] == list(signature.values())[:4]
 
 
 COMPILE = """
