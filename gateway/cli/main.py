@@ -97,7 +97,8 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     add("--port", type=int, default=30000, help="default %(default)s; 0 takes a free one")
     add(
         "--programs",
-        action="append",
+        action="extend",
+        nargs="+",
         default=[],
         metavar="MODULE[:NAME][@TAG]",
         help="programs and tools to serve",

@@ -8,11 +8,14 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import anthropic
 import httpx2
+import openai
 import pytest
 
 from support.engine import core_of, wait_for
 from support.gateway import LONG, MODEL, Gateway, serving, small_engine
+from weft.runtime.engine import messages as m
 
 
 def idle(gateway: Gateway) -> bool:
@@ -50,9 +53,41 @@ def test_leaving_in_the_prefill_and_in_the_queue(small: Gateway) -> None:
     core.pools.check()
 
 
+@pytest.mark.parametrize("where", ["queue", "prefill", "drawing"])
+def test_what_is_left_ends_within_a_step(small: Gateway, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """From the moment that the gateway knows: no step but the one under way is made with it."""
+    core, engine = core_of(small.engine), small.engine
+    log: list[str] = []
+    post, step = engine.post, core.step
+
+    def posted(message: m.Request) -> None:
+        if isinstance(message, m.Cancel):
+            log.append("left")
+        post(message)
+
+    def stepped() -> None:
+        log.append("step")
+        step()
+        log.append("busy" if core.calls else "idle")
+
+    monkeypatch.setattr(engine, "post", posted)
+    monkeypatch.setattr(core, "step", stepped)
+    bodies: dict[str, tuple[dict[str, Any], Callable[[], bool]]] = {
+        "queue": ({**LONG, "text": ["x"] * 9}, lambda: len(core.calls) == 9),
+        "prefill": ({"input_ids": [5 + i % 200 for i in range(8000)]}, lambda: "step" in log),
+        "drawing": (LONG, lambda: any(getattr(c, "drawn_count", 0) > 2 for c in list(core.calls.values()))),
+    }
+    leave(small, *bodies[where])
+    wait_for(lambda: idle(small))
+    # All calls of the request are told in one go; a step may be under way, and one more tells that they ended.
+    after = log[len(log) - log[::-1].index("left") :]
+    assert after.count("busy") <= 1 and after.count("step") <= 2, after
+    assert log.count("left") == (9 if where == "queue" else 1)
+
+
 def test_every_api_lets_go(gateway: Gateway) -> None:
     messages = [{"role": "user", "content": "What is 2 + 3?"}]
-    endless = {"ignore_eos": True, "min_tokens": 3000}
+    endless = {"model": MODEL, "ignore_eos": True, "min_tokens": 3000}
     core = core_of(gateway.engine)
     busy = lambda: bool(core.calls)  # noqa: E731
     asked: list[tuple[str, dict[str, Any]]] = [
@@ -63,7 +98,7 @@ def test_every_api_lets_go(gateway: Gateway) -> None:
         ("/v1/programs/endless/runs", {}),
     ]
     for path, body in asked:
-        leave(gateway, {"model": MODEL, **body}, busy, path)
+        leave(gateway, body, busy, path)
         wait_for(lambda: not core.calls, seconds=5)
 
 
@@ -90,6 +125,28 @@ def test_a_silent_stream_shows_life() -> None:
         with client.stream("POST", "/generate", json=slow) as answer:
             raw = b"".join(answer.iter_bytes())
         assert raw.startswith(b": keepalive\n\n") and raw.endswith(b"data: [DONE]\n\n")
+
+
+def test_clients_bear_signs_of_life_in_the_prefill() -> None:
+    """Those of OpenAI and of Anthropic, before their streams have begun."""
+    asked: Any = [{"role": "user", "content": "x" * 7000}]
+    with serving(small_engine, keepalive=0.02) as gateway:
+        with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as client:
+            stream = client.chat.completions.create(model=MODEL, messages=asked, max_tokens=3, stream=True)
+            assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
+            events = client.responses.create(
+                model=MODEL, input=asked[0]["content"], max_output_tokens=3, stream=True
+            )
+            assert [event.type for event in events][-1] == "response.incomplete"
+        with anthropic.Anthropic(base_url=gateway.url, api_key="none", max_retries=0) as other:
+            options: Any = {"model": MODEL, "messages": asked, "max_tokens": 3}
+            with other.messages.stream(**options) as told:
+                assert told.get_final_message().stop_reason == "max_tokens"
+        with gateway.http() as plain:
+            for path, beat in (("/v1/chat/completions", ": keepalive"), ("/v1/messages", "event: ping")):
+                gateway.state.engine.flush()
+                with plain.stream("POST", path, json={**options, "stream": True}) as answer:
+                    assert next(answer.iter_lines()) == beat
 
 
 def test_an_error_before_the_first_event_has_a_status(small: Gateway) -> None:

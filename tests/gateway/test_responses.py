@@ -11,6 +11,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
+from support.engine import core_of, wait_for
 from support.gateway import MODEL, Gateway
 
 TOOLS: Any = [
@@ -126,10 +127,14 @@ def test_in_the_background(client: openai.OpenAI) -> None:
 
 
 def test_cancel(client: openai.OpenAI, gateway: Gateway) -> None:
-    asked = {"extra_body": {"thinking": True}}
-    response = create(client, "Say.", background=True, temperature=2.0, **asked)
-    cancelled = client.responses.cancel(response.id)
-    assert cancelled.status in ("cancelled", "completed")
+    core = core_of(gateway.engine)
+    wait_for(lambda: not core.calls)
+    # So hot that it does not come to an end by itself.
+    response = create(client, "Say.", background=True, temperature=2.0, top_p=1.0, extra_body={"thinking": True})
+    wait_for(lambda: bool(core.calls))
+    assert client.responses.cancel(response.id).status == "cancelled"
+    wait_for(lambda: not core.calls)
+    assert client.responses.retrieve(response.id).status == "cancelled"
     foreground = create(client)
     with pytest.raises(openai.BadRequestError):
         client.responses.cancel(foreground.id)

@@ -1,26 +1,20 @@
-"""Who may call, how much, and how a server starts and ends."""
+"""Who may call, and how much."""
 
 from __future__ import annotations
 
 import asyncio
 import gzip
 import json
-import signal
-import subprocess
-import sys
 import threading
-import time
-from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 
-from support.engine import core_of, wait_for
+from support.engine import wait_for
 from support.gateway import MODEL, SHORT, Gateway, serving, small_engine
 from weft.gateway.http.config import Bounds, ServeConfig
 from weft.gateway.http.keys import Keys, make_key
-from weft.runtime.engine.front import Engine
 from weft.runtime.errors import ConfigError
 
 # -- keys -----------------------------------------------------------------------------------------------------
@@ -174,103 +168,6 @@ def test_no_key_takes_all_places() -> None:
         other = many(gateway, 1, SHORT, headers={"x-api-key": bob})[0]
         thread.join()
         assert sorted(statuses) == [200] * 4 + [429] * 4 and other.status_code == 200
-
-
-# -- start and end --------------------------------------------------------------------------------------------
-
-
-def test_it_answers_while_it_loads() -> None:
-    may_load = threading.Event()
-
-    def slow() -> Engine:
-        assert may_load.wait(30)
-        return small_engine()
-
-    with serving(slow, wait=False) as gateway, gateway.http() as client:
-        assert client.get("/health").json()["stage"] == "loading"
-        assert client.get("/ready").status_code == 503
-        refused = client.post("/generate", json=SHORT)
-        assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
-        assert client.get("/openapi.json").status_code == client.get("/metrics").status_code == 200
-        may_load.set()
-        wait_for(lambda: client.get("/ready").status_code == 200)
-        assert client.post("/generate", json=SHORT).status_code == 200
-        assert client.get("/health_generate").status_code == 200
-
-
-def test_a_model_that_cannot_be_loaded() -> None:
-    def broken() -> Engine:
-        raise ConfigError("model", "x", "is none")
-
-    with serving(broken, wait=False) as gateway, gateway.http() as client:
-        wait_for(lambda: client.get("/health").status_code == 503)
-        with pytest.raises(ConfigError):
-            gateway.call(gateway.server.ready())
-
-
-def test_metrics(small: Gateway) -> None:
-    with small.http() as client:
-        client.post("/generate", json=SHORT)
-        client.post("/generate", json={**SHORT, "sampling_params": {"temperature": -1}})
-        text = client.get("/metrics").text
-    for name in ("sglang:num_running_reqs", "sglang:token_usage", "vllm:num_requests_waiting", "weft_ready 1.0"):
-        assert name in text
-    assert 'weft_requests_total{route="/generate",status="200"} 1.0' in text
-    assert 'weft_requests_total{route="/generate",status="400"} 1.0' in text
-    assert "sglang:generation_tokens_total 1.0" in text
-
-
-def test_a_draining_server_ends_what_it_began() -> None:
-    with serving(small_engine) as gateway:
-        body = {"text": "x", "sampling_params": {"max_new_tokens": 300, "ignore_eos": True}}
-        answers: list[httpx2.Response] = []
-        thread = threading.Thread(target=lambda: answers.append(gateway.post("/generate", body)))
-        thread.start()
-        wait_for(lambda: bool(core_of(gateway.engine).calls))
-        stop = asyncio.run_coroutine_threadsafe(gateway.server.stop(), gateway.loop)
-        wait_for(lambda: gateway.state.gate.closed)
-        with gateway.http() as client:
-            assert client.get("/ready").status_code == 503
-            refused = client.post("/generate", json=SHORT)
-            assert refused.status_code == 503 and refused.json()["error"]["type"] == "draining"
-        stop.result(30)
-        thread.join()
-        assert answers[0].status_code == 200 and len(answers[0].json()["output_ids"]) == 300
-
-
-def test_the_command(tmp_path: Path) -> None:
-    """In a process of its own, with the engine in another: keys, a request, SIGTERM."""
-    code = "import sys; from weft.gateway.cli import main; sys.exit(main())"
-    made = subprocess.run([sys.executable, "-c", code, "key", "alice"], capture_output=True, text=True, check=True)
-    (tmp_path / "keys").write_text(made.stdout)
-    key = made.stderr.split()[-1]
-    command = [sys.executable, "-c", code, "serve", "--port", "0", "--api-keys", str(tmp_path / "keys")]
-    command += ["--programs", "weft.programs.fork_and_judge", "--threads", "1"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        try:
-            line = process.stderr.readline()
-            url = line.split()[3].rstrip(",")
-            assert url.startswith("http://127.0.0.1:")
-            with httpx2.Client(base_url=url, timeout=60, headers={"x-api-key": key}) as client:
-                began = time.monotonic()
-                while client.get("/ready").status_code != 200 and time.monotonic() - began < 60:
-                    time.sleep(0.1)
-                asked = {
-                    "model": MODEL,
-                    "messages": [{"role": "user", "content": "What is 2 + 3?"}],
-                    "temperature": 0,
-                }
-                assert (
-                    client.post("/v1/chat/completions", json=asked).json()["choices"][0]["message"]["content"]
-                    == "5"
-                )
-                assert client.get("/v1/programs").json()["data"][0]["name"] == "fork_and_judge"
-            process.send_signal(signal.SIGTERM)
-            rest = process.stderr.read()
-            assert process.wait(30) == 0 and "ready" in rest and "draining" in rest, rest
-        finally:
-            process.kill()
 
 
 def test_wrong_bounds() -> None:
