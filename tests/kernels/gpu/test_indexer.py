@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import triton
 
 from weft.kernels.gpu.base import Pages
 from weft.kernels.gpu.indexer import (
@@ -27,8 +28,9 @@ from weft.kernels.reference.indexer import (
 FORMATS = {"e4m3": keys_fp8, "e2m1": keys_fp4}
 NAMES = list(FORMATS)
 INTERPRETED = not torch.cuda.is_available()
-# What reads each format here: the sm100 kernel runs under the interpreter too.
-RUNS = [("e4m3", "triton"), ("e2m1", "triton")]
+# The interpreter has tl.dot_scaled from Triton 3.9 on; a GPU needs the instruction.
+BLACKWELL = triton.__version__ >= "3.9" if INTERPRETED else torch.cuda.get_device_capability()[0] == 10
+RUNS = [("e4m3", "triton"), ("e2m1", "triton"), *([("e2m1", "triton_sm100")] if BLACKWELL else [])]
 
 
 def make(kind, *, tokens=None, seed=0, device="cpu", sequences=3, entries=150, page=64, **sizes):
