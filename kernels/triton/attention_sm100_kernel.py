@@ -162,6 +162,45 @@ def barrier_one():
 
 
 @gluon.jit
+def barriers():
+    # The scales' copies arrive once for each thread.
+    raw_full = barrier_pair(1 + 32 * FETCH_WARPS)
+    key_full, slot_free, logits_full = barrier_pair(1), barrier_pair(1), barrier_pair(1)
+    return barrier_one(), barrier_one(), barrier_one(), raw_full, key_full, slot_free, logits_full
+
+
+@gluon.jit
+def shared_memory(q):
+    """Queries, weights, scale words of both slots, and a factor a head."""
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    query = gl.allocate_shared_memory(q.dtype, [HEADS, DIM], q.layout)
+    weights = gl.allocate_shared_memory(q.dtype, [HEADS, KEYS], q.layout)
+    scales = gl.allocate_shared_memory(gl.int64, [2, KEYS], flat)
+    return query, weights, scales, gl.allocate_shared_memory(gl.float32, [HEADS], flat)
+
+
+@gluon.jit
+def slots(q, codes, tail, plain):
+    """Both slots: one memory, seen as chunks of 64 and 128 channels, as tiles, and as raw bytes."""
+    chunks = gl.allocate_shared_memory(q.dtype, [2 * DIM // 64, KEYS, 64], q.layout)
+    pairs = chunks.reinterpret(q.dtype, [2 * DIM // 128, KEYS, 128], q.layout)
+    keys = chunks.reinterpret(q.dtype, [2, KEYS, DIM], q.layout)
+    bare = chunks.reinterpret(gl.bfloat16, [2 * DIM // 64, KEYS, 64], plain.layout)
+    wide = chunks.reinterpret(gl.uint8, [2 * DIM // 64, KEYS, 128], codes.layout)
+    narrow = chunks.reinterpret(gl.uint8, [4 * DIM // 64, KEYS, 64], tail.layout)
+    return chunks, pairs, keys, bare, wide, narrow
+
+
+@gluon.jit
+def tensor_memory():
+    """Logits of two tiles, and the sums in four parts of 128 channels."""
+    by_key: gl.constexpr = TensorMemoryLayout([HEADS, KEYS], col_stride=1)
+    by_head: gl.constexpr = TensorMemoryLayout([128, HEADS], col_stride=1)
+    logits = allocate_tensor_memory(gl.float32, [2, HEADS, KEYS], by_key)
+    return logits, allocate_tensor_memory(gl.float32, [DIM // 128, 128, HEADS], by_head)
+
+
+@gluon.jit
 def attend(
     q,
     codes,
@@ -201,39 +240,22 @@ def attend(
     at = gl.where(length <= SPLIT, token, token * splits + split) * heads + first
     index += token.to(gl.int64) * index_token
 
-    query = gl.allocate_shared_memory(q.dtype, [HEADS, DIM], q.layout)
-    weights = gl.allocate_shared_memory(q.dtype, [HEADS, KEYS], q.layout)
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    scales = gl.allocate_shared_memory(gl.int64, [2, KEYS], flat)
-    factors = gl.allocate_shared_memory(gl.float32, [HEADS], flat)
-    # One memory, seen as tiles, as chunks of 64 and 128 channels, and as raw bytes.
-    chunks = gl.allocate_shared_memory(q.dtype, [2 * DIM // 64, KEYS, 64], q.layout)
-    pairs = chunks.reinterpret(q.dtype, [2 * DIM // 128, KEYS, 128], q.layout)
-    keys = chunks.reinterpret(q.dtype, [2, KEYS, DIM], q.layout)
-    bare = chunks.reinterpret(gl.bfloat16, [2 * DIM // 64, KEYS, 64], plain.layout)
-    wide = chunks.reinterpret(gl.uint8, [2 * DIM // 64, KEYS, 128], codes.layout)
-    narrow = chunks.reinterpret(gl.uint8, [4 * DIM // 64, KEYS, 64], tail.layout)
-    logits = allocate_tensor_memory(gl.float32, [2, HEADS, KEYS], TensorMemoryLayout([HEADS, KEYS], col_stride=1))
-    sums = allocate_tensor_memory(
-        gl.float32, [DIM // 128, 128, HEADS], TensorMemoryLayout([128, HEADS], col_stride=1)
-    )
-
-    query_full, weights_full, summed = barrier_one(), barrier_one(), barrier_one()
-    # The scales' copies arrive once for each thread.
-    raw_full = barrier_pair(1 + 32 * FETCH_WARPS)
-    key_full, slot_free, logits_full = barrier_pair(1), barrier_pair(1), barrier_pair(1)
+    query, weights, scales, factors = shared_memory(q)
+    chunks, pairs, keys, bare, wide, narrow = slots(q, codes, tail, plain)
+    logits, sums = tensor_memory()
+    query_full, weights_full, summed, raw_full, key_full, slot_free, logits_full = barriers()
 
     softening = (logits, sums, weights, factors, (logits_full, weights_full, summed), index, begin, end, scale)
     results = (out, parts, tops, totals)
     tensors = (q, codes, tail, plain, words, index)
-    barriers = (query_full, key_full, slot_free, logits_full, weights_full, summed)
+    steps = (query_full, key_full, slot_free, logits_full, weights_full, summed)
     raw = (query, wide, narrow, bare, scales)
     ready = (query_full, raw_full, slot_free)
     gl.warp_specialize(
         [
             (finish, (softening, results, sink, at, first, heads, single, tiles)),
             (dequantise, ((wide, narrow, bare, chunks, pairs, scales), (raw_full, key_full), tiles)),
-            (multiply, (query, keys, weights, logits, sums, barriers, tiles)),
+            (multiply, (query, keys, weights, logits, sums, steps, tiles)),
             (fetch, (tensors, raw, ready, token * heads + first, begin, end, tiles, PAGE, PAGE_ROWS)),
         ],
         [DEQUANTISE_WARPS, 1, FETCH_WARPS],
