@@ -3,8 +3,8 @@
 
 A tile of 128 keys is the left operand, one query's heads the right one: both go from memory to the product as they
 are stored, scales included (tcgen05.mma, kind mxf4, block_scale), so that nothing is unpacked. Programs are cut as
-in `indexer.py`: tokens of one sequence share tiles of keys. Products of codes and scales are exact; what is left is
-the order of float32 sums, which is the same for every row. Interpreted from Triton 3.9 on.
+in `indexer.py`: tokens of one sequence share tiles of keys. Products of codes and scales are exact; what is left
+is the order of float32 sums, which is the same for every row. Interpreted from Triton 3.9 on.
 """
 
 from __future__ import annotations
