@@ -50,9 +50,9 @@ def check_device(config: EngineConfig) -> None:
         return
     if not torch.cuda.is_available():
         raise ConfigError("device", config.device, "torch sees no NVIDIA GPU")
-    major, minor = torch.cuda.get_device_capability()
-    if major < 8:
-        raise ConfigError("device", config.device, f"compute capability {major}.{minor}, 8.0 is needed")
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 9):  # Triton converts to e4m3 from there on
+        raise ConfigError("device", config.device, "compute capability {}.{}, 8.9 is needed".format(*capability))
 
 
 def core_maker(model: Network, tokenizer: Tokenizer, config: EngineConfig) -> MakeCore:

@@ -42,3 +42,13 @@ def test_an_entry_of_128_and_its_successors() -> None:
     difference = both(model, tokens_for(model, 135), (100, 1, 30, 4))
     assert float(difference.median()) < 5e-3
     assert float(difference.max()) < 0.3
+
+
+@pytest.mark.slow
+def test_bfloat16() -> None:
+    """Streams and activations are off by 2^-9 already."""
+    config = small_config(0, 4, 128)
+    model = on_device(config, draw.random_weights(config, 0), torch.bfloat16)
+    difference = both(model, tokens_for(model, 27), (26, 1))
+    assert float(difference.median()) < 0.1
+    assert float(difference.max()) < 1
