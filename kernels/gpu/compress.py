@@ -169,11 +169,9 @@ def least_bytes_c4(plan: C4Plan, width: int, rope: int, pool: Paged, keys: Paged
     begin = plan.start.long()[plan.sequence.clamp_min(0).long()][listed]
     first = plan.number.long()[listed] * C4
     old = (begin - (first - C4).clamp_min(0)).clamp(0, C4_TAIL).sum()
-    kept = plan.count.clamp_max(C4_TAIL).sum()
-    entries = int(listed.sum())
-    state = int(plan.count.sum()) * width + int(old) * width // 2 + int(kept) * width
-    residues = min(C4, int(plan.count.sum())) * width // 2
-    constants = residues + width // 4 + entries * rope
+    tokens, kept, entries = int(plan.count.sum()), plan.count.clamp_max(C4_TAIL).sum(), int(listed.sum())
+    state = tokens * width + int(old) * width // 2 + int(kept) * width
+    constants = _places(plan, C4) * width // 2 + (width // 4 + entries * rope if entries else 0)
     return 4 * (state + constants) + entries * (pool.layout.row_bytes + keys.layout.row_bytes)
 
 
@@ -184,15 +182,16 @@ def least_bytes_c128(plan: C128Plan, dim: int, rope: int, pool: Paged, *, behind
     live = count > 0
     read = int(((start % C128 != 0) & live).sum())
     written = int((((start + count) % C128 != 0) & live).sum())
-    residues = {
-        (position + step) % C128
-        for position, many in zip(start.tolist(), count.tolist(), strict=True)
-        for step in range(min(many, C128))
-    }
-    tokens = int(count.sum())
-    entries = int((plan.sequence >= 0).sum())
-    words = tokens * 2 * dim + (read + written) * 3 * dim + (len(residues) + 1) * dim + entries * rope
-    return 4 * (words + behind * tokens * 3 * dim) + entries * pool.layout.row_bytes
+    tokens, entries = int(count.sum()), int((plan.sequence >= 0).sum())
+    words = tokens * 2 * dim + (read + written) * 3 * dim + _places(plan, C128) * dim
+    words += (dim + entries * rope if entries else 0) + behind * tokens * 3 * dim
+    return 4 * words + entries * pool.layout.row_bytes
+
+
+def _places(plan: C4Plan | C128Plan, ratio: int) -> int:
+    """How many places of a group have a token in the step: rows of ape that are needed."""
+    spans = zip(plan.start.tolist(), plan.count.tolist(), strict=True)
+    return len({(start + step) % ratio for start, count in spans for step in range(min(count, ratio))})
 
 
 def _check_c4(

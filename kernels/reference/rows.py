@@ -98,7 +98,7 @@ def _scales(values: Tensor, layout: RowLayout) -> tuple[Tensor, Tensor]:
         scales, stored = torch.ldexp(torch.ones_like(top), exponent), (exponent + 127).to(torch.uint8)
     elif layout.scales == "float32":
         ratio = top.float() / largest
-        scales, stored = ratio.double(), ratio.view(torch.uint8)
+        scales, stored = ratio.double(), ratio.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     else:
         code = (top.float() / largest).clamp(_LEAST_E4M3, 448.0).to(torch.float8_e4m3fn)
         scales, stored = code.double(), code.view(torch.uint8)

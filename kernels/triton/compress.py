@@ -28,7 +28,7 @@ _WARPS = 4
 
 
 @triton.jit
-def _entries_of(program, start, count, entries, number, sequences, total, MANY: tl.constexpr):
+def _entries_of(program, start, count, entries, sequence, number, sequences, total, MANY: tl.constexpr):
     """A program's entries: the first, the one behind the last, and a bit mask of the places in a group of four
     that it wants ape of."""
     if program < sequences:
@@ -43,7 +43,12 @@ def _entries_of(program, start, count, entries, number, sequences, total, MANY: 
         places = places | (places >> 4)
     else:
         first = (program - sequences) * MANY
-        last = tl.minimum(first + MANY, total)
+        index = first + tl.arange(0, MANY)
+        owner = tl.load(sequence + index, mask=index < total, other=-1)
+        begin_of = tl.load(start + owner, mask=owner >= 0, other=0)
+        position = 4 * tl.load(number + index, mask=owner >= 0, other=0) - 4
+        mine = (owner >= 0) & (tl.maximum(position, 0) >= begin_of)
+        last = tl.where(tl.max(mine.to(tl.int32), 0) > 0, tl.minimum(first + MANY, total), first)
         places = tl.full([], 15, tl.int32)
     return first, last, places
 
@@ -60,7 +65,7 @@ def _bias(ape, places, wanted, SLOT: tl.constexpr, FIRST: tl.constexpr, HALF: tl
 
 @triton.jit
 def _token(
-    recent, kept, bias, position, begin,
+    recent, kept, bias, position, begin, stride,
     SLOT: tl.constexpr, FIRST: tl.constexpr, HALF: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Place SLOT of the eight: value and score [1, C], -inf where there is no row.
@@ -70,7 +75,7 @@ def _token(
     column = tl.arange(0, COLS)[None, :]
     position = position + SLOT
     new = position >= begin
-    row = tl.where(new, recent + SLOT * (2 * HALF), kept + (position % 8) * (2 * HALF))
+    row = tl.where(new, recent + SLOT * stride, kept + (position % 8) * (2 * HALF))
     row += FIRST + (SLOT // 4) * D
     mask = column < tl.where(position >= 0, D, 0)
     value = tl.load(row + column, mask=mask, other=0.0)
@@ -81,18 +86,18 @@ def _token(
 
 @triton.jit
 def _pool(
-    recent, kept, b0, b1, b2, b3, b4, b5, b6, b7, position, begin,
+    recent, kept, b0, b1, b2, b3, b4, b5, b6, b7, position, begin, stride,
     FIRST: tl.constexpr, HALF: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """An entry [1, COLS] before its norm; sums in halves, as the CPU's."""
-    v0, s0 = _token(recent, kept, b0, position, begin, 0, FIRST, HALF, D, COLS)
-    v1, s1 = _token(recent, kept, b1, position, begin, 1, FIRST, HALF, D, COLS)
-    v2, s2 = _token(recent, kept, b2, position, begin, 2, FIRST, HALF, D, COLS)
-    v3, s3 = _token(recent, kept, b3, position, begin, 3, FIRST, HALF, D, COLS)
-    v4, s4 = _token(recent, kept, b4, position, begin, 4, FIRST, HALF, D, COLS)
-    v5, s5 = _token(recent, kept, b5, position, begin, 5, FIRST, HALF, D, COLS)
-    v6, s6 = _token(recent, kept, b6, position, begin, 6, FIRST, HALF, D, COLS)
-    v7, s7 = _token(recent, kept, b7, position, begin, 7, FIRST, HALF, D, COLS)
+    v0, s0 = _token(recent, kept, b0, position, begin, stride, 0, FIRST, HALF, D, COLS)
+    v1, s1 = _token(recent, kept, b1, position, begin, stride, 1, FIRST, HALF, D, COLS)
+    v2, s2 = _token(recent, kept, b2, position, begin, stride, 2, FIRST, HALF, D, COLS)
+    v3, s3 = _token(recent, kept, b3, position, begin, stride, 3, FIRST, HALF, D, COLS)
+    v4, s4 = _token(recent, kept, b4, position, begin, stride, 4, FIRST, HALF, D, COLS)
+    v5, s5 = _token(recent, kept, b5, position, begin, stride, 5, FIRST, HALF, D, COLS)
+    v6, s6 = _token(recent, kept, b6, position, begin, stride, 6, FIRST, HALF, D, COLS)
+    v7, s7 = _token(recent, kept, b7, position, begin, stride, 7, FIRST, HALF, D, COLS)
     low = tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3))
     top = tl.maximum(low, tl.maximum(tl.maximum(s4, s5), tl.maximum(s6, s7)))
     s0, s1, s2, s3 = tl.exp(s0 - top), tl.exp(s1 - top), tl.exp(s2 - top), tl.exp(s3 - top)
@@ -143,7 +148,9 @@ def _store_entries(
                 row = tl.load(offset + owner) + (position - begin)
                 recent = rows + row.to(tl.int64) * stride
                 kept = tail + tl.load(slot + owner).to(tl.int64) * (8 * 2 * HALF)
-                x = _pool(recent, kept, b0, b1, b2, b3, b4, b5, b6, b7, position, begin, FIRST, HALF, D, COLS)
+                x = _pool(
+                    recent, kept, b0, b1, b2, b3, b4, b5, b6, b7, position, begin, stride, FIRST, HALF, D, COLS
+                )
                 x = _finish(x, norm, cos_sin, index, eps, D, ROPE, COLS)
                 if HADAMARD:
                     x = hadamard(x)
@@ -155,21 +162,25 @@ def _store_entries(
 
 @triton.jit
 def _write_tail(
-    rows, tail, ape, begin, end,
+    rows, tail, ape, begin, end, stride,
     FIRST: tl.constexpr, HALF: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Positions end - 8..end - 1 of a step, scores with ape, to their places in a tail: 2 D channels from FIRST.
 
     rows: pointer to the row of position `begin`; tail: to the slot.
     """
-    position = (end - 8 + tl.arange(0, 8))[:, None]
     column = FIRST + tl.arange(0, 2 * COLS)[None, :]
-    mask = (position >= begin) & (column < FIRST + 2 * D)
-    recent = rows + (position - begin) * (2 * HALF) + column
-    kept = tail + position % 8 * (2 * HALF) + column
-    bias = tl.load(ape + position % 4 * HALF + column, mask=mask, other=0.0)
-    tl.store(kept, tl.load(recent, mask=mask), mask=mask)
-    tl.store(kept + HALF, tl.load(recent + HALF, mask=mask) + bias, mask=mask)
+    inside = column < FIRST + 2 * D
+    position = (end - 4 + tl.arange(0, 4))[:, None]
+    # Positions four apart have the same ape.
+    bias = tl.load(ape + position % 4 * HALF + column, mask=(position >= begin) & inside, other=0.0)
+    for half in tl.static_range(2):
+        at = position - 4 * half
+        mask = (at >= begin) & inside
+        recent = rows + (at - begin).to(tl.int64) * stride + column
+        kept = tail + at % 8 * (2 * HALF) + column
+        tl.store(kept, tl.load(recent, mask=mask), mask=mask)
+        tl.store(kept + HALF, tl.load(recent + HALF, mask=mask) + bias, mask=mask)
 
 
 @triton.jit
@@ -188,7 +199,7 @@ def _compress_c4(
     HALF: tl.constexpr = 2 * (D + KEY_D)
     program = tl.program_id(0)
     main = tl.program_id(1) == 0
-    first, last, places = _entries_of(program, start, count, entries, number, sequences, total, MANY)
+    first, last, places = _entries_of(program, start, count, entries, sequence, number, sequences, total, MANY)
     own = program < sequences
     if main:
         _store_entries(
@@ -211,9 +222,9 @@ def _compress_c4(
             recent_row = rows + tl.load(offset + program).to(tl.int64) * stride
             own_tail = tail + tl.load(slot + program).to(tl.int64) * (8 * 2 * HALF)
             if main:
-                _write_tail(recent_row, own_tail, ape, since, since + many, 0, HALF, D, COLS)
+                _write_tail(recent_row, own_tail, ape, since, since + many, stride, 0, HALF, D, COLS)
             else:
-                _write_tail(recent_row, own_tail, ape, since, since + many, 2 * D, HALF, KEY_D, KEY_COLS)
+                _write_tail(recent_row, own_tail, ape, since, since + many, stride, 2 * D, HALF, KEY_D, KEY_COLS)
 
 
 def compress_c4(
@@ -244,7 +255,7 @@ def compress_c4(
 
 def entries_of_program(total: int) -> int:
     """ape, a half of what an entry reads, is read once per program; few programs would leave processors idle."""
-    return 2 if total <= 256 else 4 if total <= 1024 else 8
+    return 4 if total <= 1024 else 8
 
 
 def _constants(
