@@ -8,7 +8,8 @@ lower entries the last places and every choice its place, so that the entries co
 
 Longer rows are cut into slabs that each give their own k best entries, ascending; a second launch picks from
 those. Whatever is among the row's k best is among its slab's, and candidates stand in the order of entries, so the
-result is the same. Such rows move 3 * k / SLAB more bytes than reading them once.
+result is the same. Such rows move 3 * k / SLAB more bytes than reading them once, and other wide ones twice the
+result's: it is written as entries first.
 
 What is taken is a set that the scores define, whatever way the bound was found.
 """
@@ -25,6 +26,7 @@ from weft.kernels.gpu.aot import AotCase
 SLAB = 16384
 # Candidates that the second launch holds: 262,144 columns at k = 1024, 524,288 at k = 512.
 CANDIDATES = 16384
+LINE = tl.constexpr(128)
 _LOWEST = tl.constexpr(-0x80000000)
 
 
@@ -37,15 +39,18 @@ def ordered(x, valid):
 
 @triton.jit
 def choose_best(keys, valid, count, k: tl.constexpr):
-    """Which of keys [B], of which `count` > k are valid, are the k best, and the place of each among those."""
-    low = tl.min(tl.where(valid, keys, 0x7FFFFFFF), 0)
-    high = tl.max(keys, 0) + 1
+    """Which of keys [B / LINE, LINE], of which `count` > k are valid, are the k best, and the place of each of those.
+
+    Lines lie within warps, so that the running count of one takes no barriers.
+    """
+    low = tl.min(tl.where(valid, keys, 0x7FFFFFFF))
+    high = tl.max(keys) + 1
     reach_low = count
     reach_high = 0
     # The mean, rounded down, without a sum that may not fit.
     middle = (low & high) + ((low ^ high) >> 1)
     while (reach_low > k) & (middle > low):
-        reach = tl.sum((keys >= middle).to(tl.int32), 0)
+        reach = tl.sum((keys >= middle).to(tl.int32))
         enough = reach >= k
         low = tl.where(enough, middle, low)
         reach_low = tl.where(enough, reach, reach_low)
@@ -57,9 +62,17 @@ def choose_best(keys, valid, count, k: tl.constexpr):
     equal = keys == low
     left = tl.where(exact, 0, k - reach_high)
     # Both counts in one scan, each including the entry's own: B is at most 2^14.
-    reached = tl.cumsum(above.to(tl.int32) + (equal.to(tl.int32) << 16), 0)
+    mark = above.to(tl.int32) + (equal.to(tl.int32) << 16)
+    line = tl.sum(mark, 1)
+    reached = tl.cumsum(mark, 1) + (tl.cumsum(line, 0) - line)[:, None]
     equals = reached >> 16
     return above | (equal & (equals <= left)), (reached & 0xFFFF) + tl.minimum(equals, left) - 1
+
+
+@triton.jit
+def columns(BLOCK: tl.constexpr, LINE: tl.constexpr):
+    """[BLOCK / LINE, LINE] int32, counting up."""
+    return tl.arange(0, BLOCK // LINE)[:, None] * LINE + tl.arange(0, LINE)[None, :]
 
 
 @triton.jit
@@ -74,6 +87,20 @@ def store_rows(out, place, entry, chosen, table, base, PAGE: tl.constexpr):
     """Translate entries to pool rows."""
     number = tl.load(table + entry // PAGE, mask=chosen, other=0)
     tl.store(out + place, base + number * PAGE + entry % PAGE, mask=chosen)
+
+
+@triton.jit
+def translate(out, entries, table, base, PAGE: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, VIA: tl.constexpr):
+    """out holds K entries, or, VIA, where in `entries` they are: replace them by pool rows. For wide tiles, where
+    columns that are not chosen would cost the instructions of a translation each."""
+    tl.debug_barrier()
+    for first in range(0, K, BK):
+        i = first + tl.arange(0, BK)
+        entry = tl.load(out + i, mask=i < K, other=0)
+        if VIA:
+            entry = tl.load(entries + entry, mask=i < K, other=0)
+        number = tl.load(table + entry // PAGE, mask=i < K, other=0)
+        tl.store(out + i, base + number * PAGE + entry % PAGE, mask=i < K)
 
 
 @triton.jit
@@ -100,11 +127,15 @@ def rows_kernel(
     if count <= K:
         store_all(out, count, table, base, PAGE, K, BK)
     else:
-        entry = tl.arange(0, BLOCK)
+        entry = columns(BLOCK, LINE)
         valid = entry < count
         score = load_scores(logits + token * stride, entry, valid, count, VECTOR)
         chosen, place = choose_best(ordered(score, valid), valid, count, K)
-        store_rows(out, place, entry, chosen, table, base, PAGE)
+        if BLOCK < 16 * K:
+            store_rows(out, place, entry, chosen, table, base, PAGE)
+        else:
+            tl.store(out + place, entry, mask=chosen)
+            translate(out, entry, table, base, PAGE, K, BK, False)
 
 
 @triton.jit(do_not_specialize=("slabs",))
@@ -121,7 +152,7 @@ def slabs_kernel(
     entries += (token * slabs + slab) * K
     if whole > K:
         if count > K:
-            entry = tl.arange(0, BLOCK)
+            entry = columns(BLOCK, LINE)
             valid = entry < count
             score = load_scores(logits + token * stride + first, entry, valid, count, VECTOR)
             chosen, place = choose_best(ordered(score, valid), valid, count, K)
@@ -145,16 +176,20 @@ def merge_kernel(
     if count <= K:
         store_all(out, count, table, base, PAGE, K, BK)
     else:
-        candidate = tl.arange(0, BLOCK)
+        candidate = columns(BLOCK, LINE)
         slab = candidate // K
         valid = (slab < slabs) & (candidate - slab * K < count - slab * SLAB)
         entries += token * slabs * K
         entry = tl.load(entries + candidate, mask=valid, other=0)
         keys = ordered(tl.load(logits + token * stride + entry, mask=valid, other=0.0), valid)
-        candidates = tl.sum(valid.to(tl.int32), 0)
+        candidates = tl.sum(valid.to(tl.int32))
         chosen, place = choose_best(keys, valid, candidates, K)
-        entry = tl.load(entries + candidate, mask=chosen, other=0)
-        store_rows(out, place, entry, chosen, table, base, PAGE)
+        if BLOCK < 8 * K:
+            entry = tl.load(entries + candidate, mask=chosen, other=0)
+            store_rows(out, place, entry, chosen, table, base, PAGE)
+        else:
+            tl.store(out + place, candidate, mask=chosen)
+            translate(out, entries, table, base, PAGE, K, BK, True)
 
 
 def config(width: int, k: int) -> tuple[int, int, int]:
@@ -219,7 +254,7 @@ def aot() -> tuple[AotCase, ...]:
 
 
 def _case(name: str, kernel: object, arguments: dict[str, str], constants: dict[str, int]) -> AotCase:
-    """A few registers of the widest tiles are spilled while the result is written, none in the search."""
+    """A few registers of the widest tile are spilled while the result is written, none in the search."""
     aligned = (*(a for a, kind in arguments.items() if kind[0] == "*"), *({"stride"} & arguments.keys()))
     signature = arguments | dict.fromkeys(constants, "constexpr")
     warps, spills = _warps(constants["BLOCK"]), 64 if constants["BLOCK"] == SLAB else 0
