@@ -39,7 +39,7 @@ def ordered(x, valid):
 
 @triton.jit
 def choose_best(keys, valid, count, k: tl.constexpr):
-    """Which of keys [B / LINE, LINE], of which `count` > k are valid, are the k best, and the place of each of those.
+    """Which of keys [B / LINE, LINE], of which `count` > k are valid, are the k best, and the place of each.
 
     Lines lie within warps, so that the running count of one takes no barriers.
     """
@@ -234,7 +234,7 @@ def top_k_rows(
 
 
 def aot() -> tuple[AotCase, ...]:
-    """V4-Flash's sizes: k = 512, rows in pages of 64."""
+    """V4-Flash's sizes: k = 512, rows in pages of 64; candidates of V4-Pro, k = 1024, at a million tokens."""
     target = {"out": "*i32", "out_stride": "i32", "column": "i32"}
     where = {"visible": "*i32", "tables": "*i32", "P": "i32", "sequence": "*i32", "base": "i32"}
     row = {"logits": "*fp32", "stride": "i32"}
@@ -243,6 +243,7 @@ def aot() -> tuple[AotCase, ...]:
     slab = scratch | row | {"visible": "*i32", "slabs": "i32"}
     merge = target | scratch | row | where | {"slabs": "i32"}
     sizes = {"K": 512, "BK": 512}
+    pro = {"PAGE": 64, "K": 1024, "BK": 1024, "SLAB": SLAB, "BLOCK": CANDIDATES}
     return (
         *(
             _case(f"topk of {width}", rows_kernel, whole, {"PAGE": 64, **sizes, "BLOCK": width, "VECTOR": 4})
@@ -250,6 +251,7 @@ def aot() -> tuple[AotCase, ...]:
         ),
         _case("topk of slabs", slabs_kernel, slab, {**sizes, "BLOCK": SLAB, "VECTOR": 4}),
         _case("topk of candidates", merge_kernel, merge, {"PAGE": 64, **sizes, "SLAB": SLAB, "BLOCK": 8192}),
+        _case("topk of candidates, k 1024", merge_kernel, merge, pro),
     )
 
 
