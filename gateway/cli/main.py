@@ -55,6 +55,10 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="sizes of a preset (flash, pro, tiny) or of a checkpoint")
     info.add_argument("model", help="preset, or folder with config.json")
 
+    kernels = commands.add_parser("kernels", help="the device ops, and what runs each of them here")
+    architectures = ("cpu", "interpreter", "sm80", "sm90", "sm100", "sm120")
+    kernels.add_argument("--arch", choices=architectures, help="as it would be there")
+
     checkpoint = commands.add_parser("checkpoint", help="write an official-layout checkpoint with random weights")
     checkpoint.add_argument("model", help="preset, or folder with config.json")
     checkpoint.add_argument("path", metavar="DIR")
@@ -86,7 +90,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     about = "checkpoint: config, weights, tokenizer.json; default: the model that comes with weft"
     parser.add_argument("--model", default="embedded", metavar="DIR", help=about)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: one NVIDIA GPU, with Triton")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: one NVIDIA GPU, with Triton"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--quant-sim", action="store_true", help="round KV as the released model does")
 
