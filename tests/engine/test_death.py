@@ -13,10 +13,10 @@ import pytest
 from support.engine import Gate, core_of, drawn_again, finish, running, some_tokens, stop, until, wait_for
 from weft.runtime.cache.pools import Pools
 from weft.runtime.decoding.params import SamplingParams
-from weft.runtime.engine import host
 from weft.runtime.engine import messages as m
 from weft.runtime.engine.front import Engine
 from weft.runtime.errors import Cancelled, EngineDead
+from weft.runtime.model import model
 
 PROMPT = some_tokens(40, seed=6)
 PARAMS = SamplingParams(max_tokens=6, seed=1, ignore_eos=True)
@@ -131,7 +131,7 @@ def test_a_core_that_cannot_be_replaced_is_a_death(monkeypatch: pytest.MonkeyPat
         raise MemoryError("no pools")
 
     async def work(engine: Engine) -> None:
-        monkeypatch.setattr(host, "Pools", no_memory)
+        monkeypatch.setattr(model, "Pools", no_memory)
         await all_fail(await crash(engine, gate, RuntimeError("boom")), "boom|no pools")
         with pytest.raises(EngineDead):
             await engine.generate(PROMPT, PARAMS)
@@ -151,7 +151,7 @@ def test_the_memory_of_a_dead_core_is_free_before_the_next_is_made(monkeypatch: 
         return Pools(*args, **kwargs)
 
     async def work(engine: Engine) -> None:
-        monkeypatch.setattr(host, "Pools", make)
+        monkeypatch.setattr(model, "Pools", make)
         await all_fail(await crash(engine, gate, RuntimeError("boom")), "boom")
         assert len((await engine.generate(PROMPT, PARAMS)).tokens) == 6
 
