@@ -19,15 +19,16 @@ from weft.kernels.gpu.aot import AotCase
 from weft.kernels.gpu.base import Paged
 from weft.kernels.gpu.indexer import GatheredKeys, IndexQuery, groups_of
 from weft.kernels.layouts import SCALE_BYTES, RowLayout, keys_fp4, keys_fp8
-from weft.kernels.triton.index_gather import aot as gather_aot
 from weft.kernels.triton.index_gather import gather
-from weft.kernels.triton.index_query import aot as query_aot
 from weft.kernels.triton.index_query import query
 from weft.kernels.triton.index_tiles import load_keys, load_query, scores
 
 __all__ = ["aot", "gather", "paged", "query", "ragged"]
 
 BK = 128
+# Each number of tokens, and pages or gathered keys, is a binary of its own: were products and sums contracted,
+# each compilation would decide anew which ones.
+SAME_BITS = {"enable_fp_fusion": False}
 
 
 @triton.jit
@@ -166,6 +167,7 @@ def _launch(
     logits_kernel[(chunks * triton.cdiv(tokens, rows),)](
         out, query.codes, scales, query.weights, owners=owners, visible=visible, T=tokens, width=width,
         chunks=chunks, **keys, **config, TILES=tiles, ROWS=rows, num_warps=_warps(config), num_stages=3,
+        **SAME_BITS,
     )  # fmt: skip
 
 
@@ -238,7 +240,7 @@ def aot() -> tuple[AotCase, ...]:
         for layout, name in zip(paged, ("fp8", "fp4"), strict=True)
         for rows in (1, 8)
     ]
-    return (*query_aot(), *cases, logits_case("fp8 ragged", logits_kernel, None, 8), *gather_aot())
+    return (*cases, logits_case("fp8 ragged", logits_kernel, None, 8))
 
 
 def logits_case(name: str, kernel: Any, layout: RowLayout | None, rows: int) -> AotCase:
@@ -255,4 +257,6 @@ def logits_case(name: str, kernel: Any, layout: RowLayout | None, rows: int) -> 
     product = "f16" if fp4 else "f8f6f4"
     expect = {"sm90": ("HGMMA" if fp4 else "QGMMA",), "sm100": (rf"tcgen05\.mma.*kind::{product}",)}
     name = f"index_logits {name}, {rows} row{'s' if rows > 1 else ''}"
-    return AotCase(name, kernel, signature, constants, warps=_warps(config), stages=3, expect=expect)
+    return AotCase(
+        name, kernel, signature, constants, warps=_warps(config), stages=3, expect=expect, options=SAME_BITS
+    )

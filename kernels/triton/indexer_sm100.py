@@ -23,6 +23,7 @@ from weft.kernels.triton.index_tiles import key_places
 from weft.kernels.triton.indexer import (
     BK,
     GATHERED,
+    SAME_BITS,
     fill,
     gathered_arguments,
     page_config,
@@ -177,7 +178,7 @@ def _launch(
     config = _config(query.codes.shape[1], query.dim)
     fp4_logits_kernel[(chunks * triton.cdiv(tokens, rows),)](
         out, query.codes, query.scales, query.weights, owners=owners, visible=visible, T=tokens, width=width,
-        chunks=chunks, **keys, **config, TILES=tiles, ROWS=rows, num_warps=4, num_stages=3,
+        chunks=chunks, **keys, **config, TILES=tiles, ROWS=rows, num_warps=4, num_stages=3, **SAME_BITS,
     )  # fmt: skip
 
 
@@ -209,4 +210,6 @@ def _case(name: str, place: dict[str, Any], rows: int) -> AotCase:
     signature = {argument: kinds[argument] for argument in fp4_logits_kernel.arg_names}
     expect = {"sm100": (r"tcgen05\.mma\S*kind::mxf4\S*block_scale",)}
     name = f"index_logits fp4 block_scale {name}"
-    return AotCase(name, fp4_logits_kernel, signature, constants, stages=3, archs=("sm100",), expect=expect)
+    return AotCase(
+        name, fp4_logits_kernel, signature, constants, stages=3, archs=("sm100",), expect=expect, options=SAME_BITS
+    )

@@ -29,7 +29,8 @@ FORMATS = {"e4m3": keys_fp8, "e2m1": keys_fp4}
 NAMES = list(FORMATS)
 INTERPRETED = not torch.cuda.is_available()
 # The interpreter has tl.dot_scaled from Triton 3.9 on; a GPU needs the instruction.
-BLACKWELL = triton.__version__ >= "3.9" if INTERPRETED else torch.cuda.get_device_capability()[0] == 10
+_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+BLACKWELL = _VERSION >= (3, 9) if INTERPRETED else torch.cuda.get_device_capability()[0] == 10
 RUNS = [("e4m3", "triton"), ("e2m1", "triton"), *([("e2m1", "triton_sm100")] if BLACKWELL else [])]
 
 
