@@ -84,7 +84,8 @@ def error_bound(values: Tensor, layout: RowLayout) -> Tensor:
 def _grouped(values: Tensor, layout: RowLayout) -> Tensor:
     """The coded channels as [N, groups, group], zeros behind the last."""
     fill = layout.groups * layout.group - layout.coded
-    return pad(values[:, : layout.coded], (0, fill)).unflatten(1, (layout.groups, layout.group))
+    coded: Tensor = pad(values[:, : layout.coded], (0, fill))
+    return coded.unflatten(1, (layout.groups, layout.group))
 
 
 def _scales(values: Tensor, layout: RowLayout) -> tuple[Tensor, Tensor]:

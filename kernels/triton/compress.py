@@ -28,14 +28,10 @@ _WARPS = 4
 
 
 @triton.jit
-def _entries_of(program, start, count, entries, sequence, number, sequences, total, MANY: tl.constexpr):
+def _entries_of(program, start, begin, many, first, last, sequence, number, sequences, total, MANY: tl.constexpr):
     """A program's entries: the first, the one behind the last, and a bit mask of the places in a group of four
-    that it wants ape of."""
+    that it wants ape of. begin, many, first, last: of a sequence's program, its tokens and its entries."""
     if program < sequences:
-        begin = tl.load(start + program)
-        many = tl.load(count + program)
-        first = tl.load(entries + program)
-        last = tl.load(entries + program + 1)
         number_of_first = tl.load(number + first, mask=first < last, other=0)
         old = tl.where(begin > 0, (begin + 3) // 4 - number_of_first + 1, 0)
         last = tl.minimum(last, first + old)
@@ -199,8 +195,17 @@ def _compress_c4(
     HALF: tl.constexpr = 2 * (D + KEY_D)
     program = tl.program_id(0)
     main = tl.program_id(1) == 0
-    first, last, places = _entries_of(program, start, count, entries, sequence, number, sequences, total, MANY)
     own = program < sequences
+    # All that the program's sequence is asked for, on its way together.
+    since = tl.load(start + program, mask=own, other=0)
+    many = tl.load(count + program, mask=own, other=0)
+    at = tl.load(offset + program, mask=own, other=0).to(tl.int64)
+    own_slot = tl.load(slot + program, mask=own, other=0).to(tl.int64)
+    first = tl.load(entries + program, mask=own, other=0)
+    last = tl.load(entries + program + 1, mask=own, other=0)
+    first, last, places = _entries_of(
+        program, start, since, many, first, last, sequence, number, sequences, total, MANY
+    )
     if main:
         _store_entries(
             rows, ape, tail, norm, cos_sin, start, offset, slot, sequence, number, target, pool, stride, eps,
@@ -214,17 +219,14 @@ def _compress_c4(
             KEY_PAGE, KEY_CODED, KEY_PLAIN, KEY_GROUP, KEY_CODES, KEY_SCALES, KEY_SCALE_BYTES,
             KEY_PAGE_BYTES, KEY_LEAST,
         )  # fmt: skip
-    if program < sequences:
-        many = tl.load(count + program)
-        if many > 0:
-            tl.debug_barrier()  # every thread has read the tail
-            since = tl.load(start + program)
-            recent_row = rows + tl.load(offset + program).to(tl.int64) * stride
-            own_tail = tail + tl.load(slot + program).to(tl.int64) * (8 * 2 * HALF)
-            if main:
-                _write_tail(recent_row, own_tail, ape, since, since + many, stride, 0, HALF, D, COLS)
-            else:
-                _write_tail(recent_row, own_tail, ape, since, since + many, stride, 2 * D, HALF, KEY_D, KEY_COLS)
+    if many > 0:
+        tl.debug_barrier()  # every thread has read the tail
+        recent = rows + at * stride
+        kept = tail + own_slot * (8 * 2 * HALF)
+        if main:
+            _write_tail(recent, kept, ape, since, since + many, stride, 0, HALF, D, COLS)
+        else:
+            _write_tail(recent, kept, ape, since, since + many, stride, 2 * D, HALF, KEY_D, KEY_COLS)
 
 
 def compress_c4(

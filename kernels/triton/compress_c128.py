@@ -31,18 +31,17 @@ _UNROLL = 8
 
 
 @triton.jit
-def _begun_group(program, start, count, entries, number, BEHIND: tl.constexpr):
+def _begun_group(program, start, count, entries, number):
     """Of a sequence, the group that an earlier step began: the position its places count from, the places of its
-    tokens from..to (none if it has nothing to do here), and the entry that it is, -1: none."""
+    tokens from..to (none if there is no such group), and the entry that it is, -1: none."""
     begin = tl.load(start + program)
-    first = tl.load(entries + program)
     group = begin // 128
-    listed = first < tl.load(entries + program + 1)
-    listed = listed & (tl.load(number + first, mask=listed, other=-1) == group)
-    high = tl.minimum(begin + tl.load(count + program) - group * 128, 128)
-    taken = (begin % 128 != 0) & ((high < 128) | listed | BEHIND)
     low = begin % 128
-    return group * 128, low, tl.where(taken, high, low), tl.where(taken & (high == 128) & listed, first, -1)
+    high = tl.where(low > 0, tl.minimum(low + tl.load(count + program), 128), low)
+    first = tl.load(entries + program)
+    listed = (high == 128) & (first < tl.load(entries + program + 1))
+    listed = listed & (tl.load(number + first, mask=listed, other=-1) == group)
+    return group * 128, low, high, tl.where(listed, first, -1)
 
 
 @triton.jit
@@ -87,7 +86,7 @@ def _load_block(
         bias = tl.load(ape + place * D + column, mask=column < tl.where(used, D, 0), other=0.0)
         value_a, score_a = _load_token(rows, row_a, place, low_a, high_a, stride, D, COLS)
         value_b, score_b = _load_token(rows, row_b, place, low_b, high_b, stride, D, COLS)
-        tokens = tokens + ((bias, value_a, score_a, value_b, score_b),)  # noqa: RUF005
+        tokens = tokens + ((bias, value_a, score_a, value_b, score_b),)  # type: ignore[assignment]  # noqa: RUF005
     return tokens
 
 
@@ -159,7 +158,7 @@ def _compress_c128(
     if program < sequences:
         owner_a = program
         owner_b = program
-        base_a, low_a, high_a, entry_a = _begun_group(program, start, count, entries, number, BEHIND)
+        base_a, low_a, high_a, entry_a = _begun_group(program, start, count, entries, number)
         base_b, low_b, high_b, entry_b = _opened_group(program, start, count)
     else:
         index = (program - sequences) * 2

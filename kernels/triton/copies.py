@@ -34,12 +34,8 @@ def _copy_pages(
     address = tl.load(addresses + tensor)
     stride = tl.load(strides + tensor)
     if (old >= 0) & (new >= 0):
-        if ITEM == 4:
-            kind: tl.constexpr = tl.pointer_type(tl.int32)
-        elif ITEM == 2:
-            kind: tl.constexpr = tl.pointer_type(tl.int16)
-        else:
-            kind: tl.constexpr = tl.pointer_type(tl.int8)
+        element: tl.constexpr = tl.int32 if ITEM == 4 else tl.int16 if ITEM == 2 else tl.int8
+        kind: tl.constexpr = tl.pointer_type(element)
         item = tl.program_id(2) * COUNT + tl.arange(0, COUNT)
         # An address that was read from memory says nothing of its alignment to the compiler.
         first = tl.max_contiguous(tl.multiple_of((address + old * stride).to(kind) + item, WORD), COUNT)
