@@ -44,9 +44,12 @@ class Keys:
     @classmethod
     def load(cls, path: Path) -> Keys:
         try:
-            return cls(path.read_text(encoding="utf-8"), str(path))
+            keys = cls(path.read_text(encoding="utf-8"), str(path))
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError("api-keys", str(path), f"cannot be read: {error}") from None
+        if not keys:  # who names a file of keys does not mean to let everyone in
+            raise ConfigError("api-keys", str(path), "has no key")
+        return keys
 
     def __bool__(self) -> bool:
         return bool(self._known)

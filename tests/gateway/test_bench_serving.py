@@ -28,6 +28,8 @@ for name in ("PIL", "PIL.Image", "datasets", "zmq", "zmq.auth", "zmq.auth.thread
 sys.modules["sglang.srt.utils"].__path__ = [{newest!r} + "/sglang/srt/utils"]
 sys.modules["sglang.srt.utils.hf_transformers_patches"].apply_all = lambda: None
 sys.modules["sglang.srt.disaggregation.utils"].FAKE_BOOTSTRAP_HOST = "2.2.2.2"
+import sglang
+assert {newest!r}.endswith("sglang-" + sglang.__version__), sglang.__version__
 from sglang.benchmark.serving import cli_main
 cli_main()
 """

@@ -88,12 +88,18 @@ def test_what_is_left_ends_within_a_step(small: Gateway, monkeypatch: pytest.Mon
 def test_every_api_lets_go(gateway: Gateway) -> None:
     messages = [{"role": "user", "content": "What is 2 + 3?"}]
     endless = {"model": MODEL, "ignore_eos": True, "min_tokens": 3000}
+    form = {"type": "json_schema", "schema": {"type": "string", "minLength": 20000}}
     core = core_of(gateway.engine)
     busy = lambda: bool(core.calls)  # noqa: E731
     asked: list[tuple[str, dict[str, Any]]] = [
         ("/v1/chat/completions", {"messages": messages, "stream": True, "max_tokens": 4000, **endless}),
         ("/v1/chat/completions", {"messages": messages, "n": 3, "max_tokens": 4000, **endless}),
         ("/v1/completions", {"prompt": "x", "max_tokens": 4000, **endless}),
+        (
+            "/v1/responses",
+            {"input": "x", "model": MODEL, "text": {"format": {"name": "x", **form}}, "stream": True},
+        ),
+        ("/v1/messages", {"messages": messages, "model": MODEL, "max_tokens": 8000, "output_format": form}),
         ("/v1/programs/endless/runs", {"stream": True}),
         ("/v1/programs/endless/runs", {}),
     ]

@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,20 @@ from langchain_openai import ChatOpenAI
 from pydantic import BaseModel, SecretStr
 
 from support.gateway import MODEL, Gateway
+from support.tree import ROOT
 
 INSTRUCTOR = Path(sys.prefix) / "instructor-1.17.0"
+
+
+PINS = (ROOT / "constraints" / "cpu.txt").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    "name", ["openai", "anthropic", "langchain-openai", "openai-agents", "sglang", "schemathesis"]
+)
+def test_versions(name: str) -> None:
+    """Of the clients that the tests here go through: those the tree was tested with."""
+    assert f"{name}=={version(name)}" in PINS
 
 
 class Seat(BaseModel):

@@ -29,7 +29,7 @@ CONFIG = """
 "path.name" = "ask"
 "path.model" = "deepseek-v4"
 """
-# Requests of so many fields are hardly ever right by chance: most are given what they need, and a few of the fields
+# Requests of so many fields are hardly ever right by chance: most are given what they need, and some of the fields
 # that were made up.
 SAID: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "max_tokens": 4}
 RIGHT: dict[str, dict[str, Any]] = {

@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import json
 import threading
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -41,6 +42,17 @@ def test_a_key_is_kept_as_a_hash() -> None:
             Keys(wrong)
     with pytest.raises(ConfigError, match="name"):
         make_key("not a name", "user")
+
+
+def test_a_file_of_keys(tmp_path: Path) -> None:
+    key, line = make_key("alice", "admin")
+    (tmp_path / "keys").write_text(f"{line}\n")
+    assert Keys.load(tmp_path / "keys").find(key) is not None
+    (tmp_path / "none").write_text("# alice left\n\n")
+    (tmp_path / "odd").write_bytes(b"\xff")
+    for name in ("none", "odd", "missing"):
+        with pytest.raises(ConfigError, match=name):
+            Keys.load(tmp_path / name)
 
 
 def test_keys_open_doors_of_their_own() -> None:
