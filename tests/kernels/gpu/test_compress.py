@@ -11,11 +11,15 @@ from torch import Tensor
 
 from support.compress import Feed
 from support.kernels import U32, same_bits
-from weft.kernels.compress import FoldPlan, fold_c128
+from weft.kernels.compress import FoldPlan, fold_c128, pool_c4
 from weft.kernels.gpu.compress import compress_c4, compress_c128, least_bytes_c4, least_bytes_c128
 from weft.kernels.gpu.interpreter import traffic
+from weft.kernels.kv_rows import PagedRows
 from weft.kernels.layouts import RowLayout, keys_fp4, keys_fp8, kv_fp4_v41, kv_fp8, kv_fp8_v41
+from weft.kernels.norm import rms_norm
 from weft.kernels.reference.compress import example_c4, example_c128, folded_c128
+from weft.kernels.reference.rows import error_bound, gather
+from weft.kernels.rope import Rotation, inverse_frequencies, rotate_
 
 KV = kv_fp8(16, 48, 16)
 # Most channels in bfloat16: what is wrong in the third digit shows.
@@ -201,6 +205,26 @@ def test_c128_folds_as_the_host(device: str) -> None:
     torch.testing.assert_close(got, exact.cpu(), rtol=2 * (9 * 128 + 4 * spread) * U32, atol=1e-2)
 
 
+def test_c4_makes_what_the_host_makes(device: str) -> None:
+    """The norm's sums are in another order, so that a code in a hundred may be the next."""
+    given = example_c4([(0, 32)], device)
+    given["hadamard"] = False
+    compress_c4(**given, implementation="triton")
+    rows, ape = given["rows"].cpu().numpy().copy(), given["ape"].cpu().numpy()
+    rows[:, 1280:] += np.tile(ape, (8, 1))
+    windows = np.stack([np.take(rows, range(4 * j - 4, 4 * j + 4), 0, mode="clip") for j in range(8)])
+    first, number = np.arange(8) == 0, torch.arange(8)
+    rotation = Rotation.at(4 * number, inverse_frequencies(64, 1e4))
+    for channels, norm, pool in (((0, 1024), "norm", "pool"), ((1024, 1280), "key_norm", "keys")):
+        values, scores = windows[:, :, channels[0] : channels[1]], windows[:, :, 1280:][:, :, slice(*channels)]
+        entries = rms_norm(pool_c4(values.copy(), scores.copy(), first), given[norm].cpu().numpy(), 1e-6)
+        host = PagedRows(2, given[pool].layout)
+        host.store(64 + number, torch.from_numpy(rotate_(entries, rotation)))
+        got, want = gather(given[pool], given["plan"].target).float().cpu(), host.gather(64 + number)
+        assert ((got - want).abs() <= 2 * error_bound(want, given[pool].layout)).all()
+        assert (got != want).double().mean() < 0.01
+
+
 def test_nothing_to_do(device: str) -> None:
     for spans in ([], [(4, 0)]):
         given = example_c4(spans, device) if spans else example_c4([(4, 1)], device)
@@ -210,6 +234,10 @@ def test_nothing_to_do(device: str) -> None:
         before = given["tail"].clone()
         compress_c4(**given)
         assert same_bits(before, given["tail"]) and not given["pool"].bytes.any()
+    given = example_c128([(4, 0)], device)
+    before = given["fold"].clone()
+    compress_c128(**given)
+    assert same_bits(before, given["fold"]) and not given["pool"].bytes.any()
 
 
 DECODE = [(position, 1) for position in (3, 4, 6, 7, 129, 255, 90, 1001)]
