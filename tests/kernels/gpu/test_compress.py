@@ -222,7 +222,8 @@ def test_c4_makes_what_the_host_makes(device: str) -> None:
         host.store(64 + number, torch.from_numpy(rotate_(entries, rotation)))
         got, want = gather(given[pool], given["plan"].target).float().cpu(), host.gather(64 + number)
         assert ((got - want).abs() <= 2 * error_bound(want, given[pool].layout)).all()
-        assert (got != want).double().mean() < 0.01
+        apart = (got - want).abs() > 4 * U32 * want.abs()  # a float32 scale may differ in its last bits
+        assert apart.double().mean() < 0.01
 
 
 def test_nothing_to_do(device: str) -> None:
