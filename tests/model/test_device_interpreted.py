@@ -8,7 +8,10 @@ import torch
 from support import draw
 from support.device import DEVICE, logits_of, on_device, references, tokens_for
 from support.engine import small_config
+from support.pools import poison
+from support.run import pools_for, step
 from weft.kernels.gpu import base, interpreter
+from weft.runtime.cache.sequence import SequenceState
 from weft.runtime.model.cuda.model import DeviceModel
 
 if DEVICE == "cpu":
@@ -52,3 +55,23 @@ def test_bfloat16() -> None:
     difference = both(model, tokens_for(model, 27), (26, 1))
     assert float(difference.median()) < 0.1
     assert float(difference.max()) < 1
+
+
+@pytest.mark.slow
+def test_a_row_has_the_same_bits_however_it_is_computed() -> None:
+    """In chunks, beside a fork, on pages of another size, what nobody holds being NaN: as alone and at once. On CPU
+    tensors, where linears are row-invariant too; it is the kernels that this is about."""
+    if DEVICE != "cpu":
+        pytest.skip("products of cuBLAS depend on the number of rows")
+    config = small_config(0, 4, 128)
+    model = on_device(config, draw.random_weights(config, 0))
+    ids, other = tokens_for(model, 36), tokens_for(model, 8, 3)
+    pools = pools_for(model, [ids] * 4, 4, "fp8", "fp4")
+    state = SequenceState(pools)
+    poison(pools)
+    streams = step(model, [(state, ids[:26])])
+    fork = state.fork()
+    for start, end in ((0, 4), (4, 10)):
+        poison(pools)
+        streams.append(step(model, [(state, ids[26 + start : 26 + end]), (fork, other[start:end])])[0])
+    assert torch.equal(model.logits(torch.cat(streams)), logits_of(model, ids))
