@@ -59,8 +59,8 @@ def test_bfloat16() -> None:
 
 @pytest.mark.slow
 def test_a_row_has_the_same_bits_however_it_is_computed() -> None:
-    """In chunks, beside a fork, on pages of another size, what nobody holds being NaN: as alone and at once. On CPU
-    tensors, where linears are row-invariant too; it is the kernels that this is about."""
+    """In chunks, beside a fork, on pages of another size, what nobody holds being NaN: as alone and at once. On
+    CPU tensors, where linears are row-invariant too; it is the kernels that this is about."""
     if DEVICE != "cpu":
         pytest.skip("products of cuBLAS depend on the number of rows")
     config = small_config(0, 4, 128)
