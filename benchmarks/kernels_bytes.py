@@ -15,9 +15,9 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
+
 from support.ops import CASES, Case
 from support.record import record
-
 from weft.kernels.gpu.interpreter import install, traffic
 
 # Rows per call: enough that what is read once per call (norms, tables) does not count for much.

@@ -3,7 +3,8 @@
     python benchmarks/kernels_compile.py [MODULE ...]
 
 Registers, spills, shared memory, TMEM columns, expected instructions, no bare traps. Triton caches what it has
-compiled. Exits with 1 if a kernel may not ship; with no module named, writes benchmarks/results/kernels_compile.json.
+compiled. Exits with 1 if a kernel may not ship; with no module named, writes
+benchmarks/results/kernels_compile.json.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from importlib import import_module
 from typing import Any
 
 import triton
-from support.record import record
 
 import weft.kernels.triton
+from support.record import record
 from weft.kernels.gpu.aot import AotCase, compile_case
 from weft.kernels.gpu.base import Arch
 

@@ -2,24 +2,26 @@
 
     python benchmarks/kernels_gpu.py [--quick]
 
-CUDA graphs over inputs that together exceed L2, medians of replays. Each op's time stands beside its least time:
-the larger of its least bytes over the copy bandwidth and its products over the bf16 rate, both measured in the same
-run. Peers (`sgl-flash-mla` 1.0.0, `sgl-deep-gemm` 0.1.5) run in the same process on the same inputs, where they are
-installed. Every op is compared with its float64 reference first.
-Without a GPU it says so and writes nothing: benchmarks/results/kernels_gpu.json is of the last run on one.
+CUDA graphs over inputs that together exceed L2, medians of replays. Each op's time stands beside its least
+time: the larger of its least bytes over the copy bandwidth and its products over the bf16 rate, both measured
+in the same run. Peers (`sgl-flash-mla` 1.0.0, `sgl-deep-gemm` 0.1.5) run in the same process on the same
+inputs, where they are installed. That results are right is the business of tests/kernels/gpu, which run on a
+GPU where there is one. Without a GPU it says so and writes nothing: benchmarks/results/kernels_gpu.json is of
+the last run on one.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from typing import Any
 
 import torch
+
 from support.gpu import ceilings, device, microseconds, sets
 from support.ops import CASES, LONG, Case
 from support.record import record
-
 from weft.kernels.gpu.base import arch_of
 from weft.kernels.gpu.ops import OPS
 from weft.kernels.libraries import deep_gemm, flash_mla
@@ -36,7 +38,7 @@ def timed(case: Case, rows: int, names: list[str], limits: dict[str, float]) -> 
     out: dict[str, Any] = {"least us": round(floor, 2)}
     for name in names:
         try:
-            out[name] = round(microseconds([lambda p=p: p.run(name) for p in prepared]), 2)  # type: ignore[misc]
+            out[name] = round(microseconds([partial(p.run, name) for p in prepared]), 2)
         except Exception as error:  # a peer's refusal is a result, our own is not
             if name not in LIBRARIES:
                 raise

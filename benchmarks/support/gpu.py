@@ -1,4 +1,4 @@
-"""Timing on a GPU: graphs replayed over inputs that are not in L2, medians of events; and the card's own ceilings."""
+"""Timing on a GPU: graphs replayed over inputs that are not in L2, medians; and the card's own ceilings."""
 
 from __future__ import annotations
 

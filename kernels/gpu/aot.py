@@ -26,9 +26,10 @@ TMEM_COLUMNS = 512
 class AotCase:
     """One kernel at one set of sizes.
 
-    signature: argument -> Triton type ("*u8", "*fp32", "i32", "constexpr"). aligned: arguments that are multiples of
-    16, as launches specialise them; None: every pointer. expect: per architecture, patterns of which each must be
-    found in PTX or SASS. spills: bytes of spilled registers that are accepted. attributes: more compile options.
+    signature: argument -> Triton type ("*u8", "*fp32", "i32", "constexpr"). aligned: arguments that are
+    multiples of 16, as launches specialise them; None: every pointer. expect: per architecture, patterns of
+    which each must be found in PTX or SASS. spills: bytes of spilled registers that are accepted. options: more
+    for the compiler.
     """
 
     name: str

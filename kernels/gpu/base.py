@@ -112,9 +112,8 @@ def interpreting() -> bool:
 
 @cache
 def installed() -> frozenset[str]:
-    """Libraries that can be used here, of those that ops know."""
-    names = {"triton": "triton", "flash_mla": "sgl_flash_mla", "deep_gemm": "deep_gemm", "flashinfer": "flashinfer"}
-    return frozenset(name for name, module in names.items() if find_spec(module) is not None)
+    """What there is for choices to take. Libraries whose bits depend on the batch are never chosen."""
+    return frozenset({"triton"} if find_spec("triton") else ())
 
 
 def portable(op: str, arch: Arch, libraries: frozenset[str]) -> Choice:

@@ -1,9 +1,10 @@
 """Corrections of Triton's interpreter, so that TRITON_INTERPRET=1 gives what a GPU gives, within rounding of exp.
 
-Wrong in 3.6 to 3.9, without a word (measured against torch): arithmetic and products of bfloat16 work on the codes as integers;
-float32 -> bfloat16 truncates; float32 -> e4m3 loses the carry into the exponent and does not saturate; integers
-become bfloat16 by their bits; products in tf32 keep all of float32's bits. `install` mends these, and silences
-numpy where a GPU is silent (inf - inf and the like). `traffic` counts the bytes that loads and stores move.
+Wrong in 3.6 to 3.9, without a word (measured against torch): arithmetic and products of bfloat16 work on the codes
+as integers; float32 -> bfloat16 truncates; float32 -> e4m3 loses the carry into the exponent and does not
+saturate; integers become bfloat16 by their bits; products in tf32 keep all of float32's bits. `install` mends
+these, and silences numpy where a GPU is silent (inf - inf and the like). `traffic` counts the bytes that loads
+and stores move.
 """
 
 from __future__ import annotations
@@ -163,18 +164,22 @@ def _tf32(x: Any) -> Any:
     return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
+def _elements(ptrs: Any, mask: Any) -> int:
+    return int(np.count_nonzero(np.broadcast_to(mask.data, ptrs.data.shape)))
+
+
 def _count_traffic(builder: Any) -> None:
     load, store = builder.create_masked_load, builder.create_masked_store
 
     def create_masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
         out = load(self, ptrs, mask, *rest)
         for meter in _meters:
-            meter.loaded += int(np.count_nonzero(np.broadcast_to(mask.data, ptrs.data.shape))) * out.data.itemsize
+            meter.loaded += _elements(ptrs, mask) * out.data.itemsize
         return out
 
     def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
         for meter in _meters:
-            meter.stored += int(np.count_nonzero(np.broadcast_to(mask.data, ptrs.data.shape))) * value.data.itemsize
+            meter.stored += _elements(ptrs, mask) * value.data.itemsize
         return store(self, ptrs, value, mask, *rest)
 
     builder.create_masked_load, builder.create_masked_store = create_masked_load, create_masked_store

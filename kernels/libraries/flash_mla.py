@@ -53,7 +53,7 @@ def sparse_attention(
     assert layout == kv_fp8(layout.page, 448, 64), layout
     shape = len(pool.bytes), layout.page, 1, layout.row_bytes
     cache = pool.bytes.as_strided(shape, (layout.page_bytes, layout.row_bytes, layout.row_bytes, 1))
-    out, _ = flash_mla.flash_mla_with_kvcache(
+    out: Tensor = flash_mla.flash_mla_with_kvcache(
         q[:, None].to(torch.bfloat16),
         cache,
         None,
@@ -66,5 +66,5 @@ def sparse_attention(
         attn_sink=sink,
         topk_length=lengths,
         use_legacy=True,
-    )
+    )[0]
     return out[:, 0]

@@ -1,8 +1,9 @@
-"""FlashInfer, where it has an op: sparse attention over 584-byte rows on sm_120, and top-k with page translation.
+"""FlashInfer, where it has an op: sparse attention over 584-byte rows on sm_120, top-k with page translation.
 
-Its attention for Hopper does not know V4, and the one for sm_100 wants rows in one uniform FP8 format, which Weft's
-pools are not; so on those it is never an alternative. Both functions split or order by the batch or by chance of
-timing, so they are never chosen, only named. Source: signatures and docstrings of flashinfer-python 0.7.2.
+Its attention for Hopper does not know V4, and the one for sm_100 wants rows in one uniform FP8 format, which
+Weft's pools are not; so on those it is no alternative. It plans by the batch, so it is never chosen, only
+named. Not run: none of our machines had it beside a GPU. Source: signatures and docstrings of flashinfer-python
+0.7.2.
 """
 
 from __future__ import annotations
@@ -37,9 +38,7 @@ def attention_absence() -> str | None:
     return reason
 
 
-def sparse_attention(
-    q: Tensor, pool: Paged, index: Tensor, lengths: Tensor, sink: Tensor, scale: float
-) -> Tensor:
+def sparse_attention(q: Tensor, pool: Paged, index: Tensor, lengths: Tensor, sink: Tensor, scale: float) -> Tensor:
     """As `weft.kernels.gpu.attention.sparse_attention`, for 512 channels: [T, H, 512] bfloat16."""
     reason = attention_absence()
     assert reason is None, reason
@@ -73,7 +72,7 @@ def top_k_rows(
     out: Tensor,
     column: int,
 ) -> None:
-    """As `weft.kernels.gpu.topk.top_k_rows`. Its choice is in no order, so entries are sorted and translated here."""
+    """As `weft.kernels.gpu.topk.top_k_rows`. Its choice is in no order; it is sorted here."""
     reason = absence()
     assert reason is None, reason
     from flashinfer import topk

@@ -37,7 +37,6 @@ CASES = {
 }
 
 
-
 def faults(name: str) -> dict[str, list[str]]:
     kernel, sizes, warps, expect = CASES[name]
     case = AotCase(name, kernel, SIGNATURE, dict(zip("MNK", sizes, strict=True)), warps, expect=expect)

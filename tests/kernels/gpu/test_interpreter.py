@@ -1,4 +1,4 @@
-"""Triton's interpreter, corrected, gives what torch gives; and it counts bytes. Without a correction each case fails."""
+"""Triton's interpreter, corrected, gives what torch gives; and it counts bytes."""
 
 import pytest
 import torch
