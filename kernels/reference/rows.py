@@ -85,7 +85,7 @@ def _grouped(values: Tensor, layout: RowLayout) -> Tensor:
     """The coded channels as [N, groups, group], zeros behind the last."""
     fill = layout.groups * layout.group - layout.coded
     coded: Tensor = pad(values[:, : layout.coded], (0, fill))
-    return coded.unflatten(1, (layout.groups, layout.group))
+    return coded.reshape(len(values), layout.groups, layout.group)
 
 
 def _scales(values: Tensor, layout: RowLayout) -> tuple[Tensor, Tensor]:

@@ -115,17 +115,39 @@ def _finish(x, norm, cos_sin, index, eps, D: tl.constexpr, ROPE: tl.constexpr, C
 
 
 @triton.jit
-def _store_entries(
+def _keep(
+    recent, kept, bias, begin, end, stride,
+    SLOT: tl.constexpr, FIRST: tl.constexpr, HALF: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Write to a tail, of the step's last tokens at place SLOT % 4 of their groups, the half of the channels that
+    SLOT stands for. recent: the row of position `begin`."""
+    column = tl.arange(0, COLS)[None, :]
+    newest = end - 4 + ((SLOT - end) & 3)
+    for groups in tl.static_range(2):
+        position = newest - 4 * groups
+        mask = column < tl.where(position >= begin, D, 0)
+        at = FIRST + (SLOT // 4) * D + column
+        row = recent + (position - begin).to(tl.int64) * stride + at
+        place = kept + (position % 8) * (2 * HALF) + at
+        value = tl.load(row, mask=mask)
+        score = tl.load(row + HALF, mask=mask)
+        tl.store(place, value, mask=mask)
+        tl.store(place + HALF, score + bias, mask=mask)
+
+
+@triton.jit
+def _part(
     rows, ape, tail, norm, cos_sin, start, offset, slot, sequence, number, target, pool, stride, eps,
-    first, last, places, own,
+    first, last, places, since, many, recent_row, own_slot, own,
     FIRST: tl.constexpr, HALF: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr, ROPE: tl.constexpr,
     HADAMARD: tl.constexpr,
     PAGE: tl.constexpr, CODED: tl.constexpr, PLAIN: tl.constexpr, GROUP: tl.constexpr,
     CODES: tl.constexpr, SCALES: tl.constexpr, SCALE_BYTES: tl.constexpr, PAGE_BYTES: tl.constexpr,
     LEAST: tl.constexpr,
 ):  # fmt: skip
-    """Make and store a program's entries, of the D channels that begin at FIRST. own: they pool the tail."""
-    wanted = first < last
+    """Make and store a program's entries, of the D channels that begin at FIRST; then write the tail of its
+    sequence, if it has one: own."""
+    wanted = own | (first < last)
     b0 = _bias(ape, places, wanted, 0, FIRST, HALF, D, COLS)
     b1 = _bias(ape, places, wanted, 1, FIRST, HALF, D, COLS)
     b2 = _bias(ape, places, wanted, 2, FIRST, HALF, D, COLS)
@@ -154,29 +176,19 @@ def _store_entries(
                 store_rows(
                     x, place, pool, PAGE, CODED, PLAIN, GROUP, CODES, SCALES, SCALE_BYTES, PAGE_BYTES, LEAST
                 )
-
-
-@triton.jit
-def _write_tail(
-    rows, tail, ape, begin, end, stride,
-    FIRST: tl.constexpr, HALF: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    """Positions end - 8..end - 1 of a step, scores with ape, to their places in a tail: 2 D channels from FIRST.
-
-    rows: pointer to the row of position `begin`; tail: to the slot.
-    """
-    column = FIRST + tl.arange(0, 2 * COLS)[None, :]
-    inside = column < FIRST + 2 * D
-    position = (end - 4 + tl.arange(0, 4))[:, None]
-    # Positions four apart have the same ape.
-    bias = tl.load(ape + position % 4 * HALF + column, mask=(position >= begin) & inside, other=0.0)
-    for half in tl.static_range(2):
-        at = position - 4 * half
-        mask = (at >= begin) & inside
-        recent = rows + (at - begin).to(tl.int64) * stride + column
-        kept = tail + at % 8 * (2 * HALF) + column
-        tl.store(kept, tl.load(recent, mask=mask), mask=mask)
-        tl.store(kept + HALF, tl.load(recent + HALF, mask=mask) + bias, mask=mask)
+    if many > 0:
+        tl.debug_barrier()  # every thread has read the tail
+        row_of_since = rows + recent_row * stride
+        own_tail = tail + own_slot * (8 * 2 * HALF)
+        end = since + many
+        _keep(row_of_since, own_tail, b0, since, end, stride, 0, FIRST, HALF, D, COLS)
+        _keep(row_of_since, own_tail, b1, since, end, stride, 1, FIRST, HALF, D, COLS)
+        _keep(row_of_since, own_tail, b2, since, end, stride, 2, FIRST, HALF, D, COLS)
+        _keep(row_of_since, own_tail, b3, since, end, stride, 3, FIRST, HALF, D, COLS)
+        _keep(row_of_since, own_tail, b4, since, end, stride, 4, FIRST, HALF, D, COLS)
+        _keep(row_of_since, own_tail, b5, since, end, stride, 5, FIRST, HALF, D, COLS)
+        _keep(row_of_since, own_tail, b6, since, end, stride, 6, FIRST, HALF, D, COLS)
+        _keep(row_of_since, own_tail, b7, since, end, stride, 7, FIRST, HALF, D, COLS)
 
 
 @triton.jit
@@ -207,26 +219,19 @@ def _compress_c4(
         program, start, since, many, first, last, sequence, number, sequences, total, MANY
     )
     if main:
-        _store_entries(
+        _part(
             rows, ape, tail, norm, cos_sin, start, offset, slot, sequence, number, target, pool, stride, eps,
-            first, last, places, own, 0, HALF, D, COLS, ROPE, False,
+            first, last, places, since, many, at, own_slot, own, 0, HALF, D, COLS, ROPE, False,
             PAGE, CODED, PLAIN, GROUP, CODES, SCALES, SCALE_BYTES, PAGE_BYTES, LEAST,
         )  # fmt: skip
     else:
-        _store_entries(
+        _part(
             rows, ape, tail, key_norm, cos_sin, start, offset, slot, sequence, number, key_target, keys,
-            stride, eps, first, last, places, own, 2 * D, HALF, KEY_D, KEY_COLS, ROPE, HADAMARD,
+            stride, eps, first, last, places, since, many, at, own_slot, own,
+            2 * D, HALF, KEY_D, KEY_COLS, ROPE, HADAMARD,
             KEY_PAGE, KEY_CODED, KEY_PLAIN, KEY_GROUP, KEY_CODES, KEY_SCALES, KEY_SCALE_BYTES,
             KEY_PAGE_BYTES, KEY_LEAST,
         )  # fmt: skip
-    if many > 0:
-        tl.debug_barrier()  # every thread has read the tail
-        recent = rows + at * stride
-        kept = tail + own_slot * (8 * 2 * HALF)
-        if main:
-            _write_tail(recent, kept, ape, since, since + many, stride, 0, HALF, D, COLS)
-        else:
-            _write_tail(recent, kept, ape, since, since + many, stride, 2 * D, HALF, KEY_D, KEY_COLS)
 
 
 def compress_c4(

@@ -244,7 +244,10 @@ def test_nothing_to_do(device: str) -> None:
 DECODE = [(position, 1) for position in (3, 4, 6, 7, 129, 255, 90, 1001)]
 
 
-@pytest.mark.parametrize("spans", [DECODE, [(0, 96)], [(130, 64), (0, 33)]], ids=["decode", "prefill", "chunks"])
+C4_SPANS = {"decode": DECODE, "drafts": [(100 + i, 4) for i in range(4)], "prefill": [(0, 96)]}
+
+
+@pytest.mark.parametrize("spans", [*C4_SPANS.values(), [(130, 64), (0, 33)]], ids=[*C4_SPANS, "chunks"])
 def test_c4_bytes_moved(spans: list[tuple[int, int]], device: str) -> None:
     if device == "cuda":
         pytest.skip("counted by the interpreter")
