@@ -188,8 +188,9 @@ def _sampling(asked: RunOptions) -> dict[str, Any]:
 def _piece_to(kept: Kept) -> Any:
     def emit(piece: Piece) -> None:
         if piece.text:
-            own = {"path": piece.path, "variable": piece.variable, "index": piece.index, "text": piece.text}
-            kept.tell(RunEvent(type="piece", **own))
+            event = RunEvent(type="piece", path=piece.path, variable=piece.variable, text=piece.text)
+            event.index = piece.index
+            kept.tell(event)
 
     return emit
 
