@@ -50,8 +50,9 @@ def _entries_of(program, start, begin, many, first, last, sequence, number, sequ
 
 
 @triton.jit
-def _bias(ape, places, wanted, SLOT: tl.constexpr, FIRST: tl.constexpr, HALF: tl.constexpr, D: tl.constexpr,
-    COLS: tl.constexpr,
+def _bias(
+    ape, places, wanted,
+    SLOT: tl.constexpr, FIRST: tl.constexpr, HALF: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """ape [1, C] of place SLOT among the eight that an entry pools, if the program wants it."""
     column = tl.arange(0, COLS)[None, :]
