@@ -8,8 +8,8 @@ from torch import Tensor
 from weft.kernels.gpu.base import Arch, Choice, Example, Op, Paged, arch, check, check_tensor, installed, portable
 from weft.kernels.reference import attention as reference
 
-# Columns that one program takes. A list of at most so many is not split: its bytes are then read once and nothing
-# else is moved. Longer ones are split at its multiples, whatever the batch.
+# Columns that one program of the portable kernel takes. A list of at most so many is not split: its bytes are then
+# read once and nothing else is moved. Longer ones are split at its multiples, whatever the batch.
 SPLIT = 2048
 
 
@@ -53,13 +53,19 @@ def sparse_attention(
         from weft.kernels.triton.attention_sm100 import sparse_decode_sm100
 
         return sparse_decode_sm100(q, pool, index, lengths, sink, scale).to(dtype)
+    if name == "triton_sm90":
+        from weft.kernels.triton.attention_sm90 import sparse_attention as launch_sm90
+
+        return launch_sm90(q.to(torch.float16), pool, index, lengths, sink, scale, dtype)
     from weft.kernels.triton.attention import sparse_attention as launch
 
     return launch(q.to(torch.float16), pool, index, lengths, sink, scale, dtype, split)
 
 
 def choose(arch: Arch, libraries: frozenset[str], heads: int = 64, coded: int = 448) -> Choice:
-    """heads: on this GPU; coded: quantised channels of a row."""
+    """heads: on this GPU; coded: quantised channels of a row. Not by the batch, which must not change a query's bits."""
+    if arch == "sm90" and "triton" in libraries and coded == 448:
+        return Choice("sparse_attention", "triton_sm90", "Hopper's instructions, V4's rows")
     return portable("sparse_attention", arch, libraries)
 
 
@@ -72,7 +78,7 @@ def least_bytes(tokens: int, columns: int, heads: int, pool: Paged, itemsize: in
 OP = Op(
     "sparse_attention",
     "attention of each query over its own list of quantised rows, with a sink",
-    ("reference", "triton", "triton_sm100", "flash_mla"),
+    ("reference", "triton", "triton_sm90", "triton_sm100", "flash_mla"),
     (
         Example("V4-Flash, 64 heads", lambda arch, libraries: choose(arch, libraries, 64)),
         Example("V4-Flash on 4 GPUs, 16 heads", lambda arch, libraries: choose(arch, libraries, 16)),

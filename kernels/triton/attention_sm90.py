@@ -1,9 +1,23 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
-"""Sparse MLA attention on Hopper: launch and byte counts of `attention_sm90_kernel`."""
+"""Sparse MLA attention on Hopper: launch and merge of `attention_sm90_kernel`, for V4's 584-byte rows.
+
+A list is cut into items of 128 columns, whatever the batch. A block of 512 threads works through its items: two
+groups of four warps fetch and dequantise 64 rows each (float16, exact), eight warps do the products and the
+softmax of the 128 columns at once. So no sums are rescaled inside an item, and each warp group's logits have 64
+keys: with 32, queries would be read from shared memory twice as often as keys.
+
+Shared memory, of 232,448 bytes: queries 65,536, rows 131,072, weights 16,384, barriers and scratch under 1,024.
+Registers, of 65,536: eight warps * 168 and eight * 88. Sums take 128 of the 168, so they cannot live beside the
+logits of the next columns: a block overlaps fetching with products, not products with the softmax.
+
+Items leave a mean in float16, a base and a total. A second kernel, started early (programmatic dependent launch),
+merges those of a list first to last, five at a time. Lists of 128 columns and less are written at once.
+"""
 
 from __future__ import annotations
 
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -12,23 +26,67 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
+from weft.kernels.gpu.aot import AotCase
 from weft.kernels.gpu.base import Paged, check
 from weft.kernels.layouts import RowLayout, kv_fp8
 
 LOG2E = 1.4426950408889634
 DIM = 512
 HEADS = 64
+# Columns of an item.
 SPLIT = 128
+# Of a thread that fetches; less spills, more takes from the products.
 FILL_REGISTERS = 88
+MERGE_WARPS = 2
+# Of the parts of one slab of queries: 400 of V4-Flash's, 112 of V4-Pro's.
+PART_BYTES = 128 << 20
+# Instructions that must be there: TMA, warp group products, direct conversion, 16-byte accesses, early launch.
+EXPECT = (
+    r"UTMALDG\.2D",
+    r"HGMMA\.64x64x16\.F32",
+    r"HGMMA\.64x128x16\.F32",
+    r"F2FP\.\w+\.E4M3\.UNPACK_B",
+    r"HMUL2",
+    r"USETMAXREG",
+    r"SYNCS\.PHASECHK",
+    r"LDG\.E\.\w*\.?128",
+    r"STG\.E\.128",
+    r"griddepcontrol\.launch_dependents",
+)
+
+
+@cache
+def available() -> bool:
+    """Whether the installed Triton has the Gluon that the kernel is written in."""
+    try:
+        major, minor = version("triton").split(".")[:2]
+    except PackageNotFoundError:
+        return False
+    return (int(major), int(minor)) >= (3, 6)
 
 
 def supports(layout: RowLayout) -> bool:
+    """V4's rows, in pages of whole 64-byte units."""
     return layout == kv_fp8(layout.page, 448, 64) and layout.page_bytes % 64 == 0
 
 
 @triton.jit
-def merge(out, part, tops, totals, lengths, sink, heads, splits, SPLIT: tl.constexpr, DIM: tl.constexpr):
-    """Grid (T, H): the mean of a query's parts, weighted by their totals, first to last."""
+def part_of(part, tops, totals, at, place, inside):
+    """The mean, the base and the total of one item; nothing behind the last one."""
+    value = tl.load(part + at * 512 + place, mask=inside & (place < 512), other=0.0)
+    top = tl.load(tops + at, mask=inside, other=float("-inf"))
+    return value.to(tl.float32), top, tl.load(totals + at, mask=inside, other=0.0)
+
+
+@triton.jit
+def weigh(acc, total, value, lift, sum):
+    weight = sum * tl.exp2(lift)
+    return acc + value * weight, total + weight
+
+
+@triton.jit(do_not_specialize=["heads", "splits"])
+def merge(out, part, tops, totals, lengths, sink, heads, splits, SPLIT: tl.constexpr):
+    """Grid (T, H): the mean of a list's parts, weighted by their totals, first to last, five at a time."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     length = tl.load(lengths + token)
@@ -36,32 +94,39 @@ def merge(out, part, tops, totals, lengths, sink, heads, splits, SPLIT: tl.const
     gdc_wait()
     if length > SPLIT:
         used = tl.cdiv(length, SPLIT)
-        at = token * splits * heads + head
-        place = tl.arange(0, DIM)
+        place = tl.arange(0, 512)
         highest = bias
-        for begin in range(0, used, 8):
-            for step in tl.static_range(8):
-                split = begin + step
-                top = tl.load(tops + at + split * heads, mask=split < used, other=float("-inf"))
-                highest = tl.maximum(highest, top)
-        total = tl.exp2(bias - highest)
-        acc = tl.zeros([DIM], tl.float32)
-        for begin in range(0, used, 8):
-            for step in tl.static_range(8):
-                split = begin + step
-                inside = split < used
-                top = tl.load(tops + at + split * heads, mask=inside, other=float("-inf"))
-                weight = tl.load(totals + at + split * heads, mask=inside, other=0.0) * tl.exp2(top - highest)
-                row = tl.load(part + (at + split * heads) * DIM + place, mask=inside & (place < DIM), other=0.0)
-                total += weight
-                acc += row.to(tl.float32) * weight
+        total = tl.where(bias == float("-inf"), 0.0, 1.0)
+        acc = tl.zeros([512], tl.float32)
+        for begin in range(0, used, 5):
+            at = (token * splits + begin) * heads + head
+            v0, t0, s0 = part_of(part, tops, totals, at, place, begin < used)
+            v1, t1, s1 = part_of(part, tops, totals, at + heads, place, begin + 1 < used)
+            v2, t2, s2 = part_of(part, tops, totals, at + 2 * heads, place, begin + 2 < used)
+            v3, t3, s3 = part_of(part, tops, totals, at + 3 * heads, place, begin + 3 < used)
+            v4, t4, s4 = part_of(part, tops, totals, at + 4 * heads, place, begin + 4 < used)
+            higher = tl.maximum(tl.maximum(highest, t0), tl.maximum(tl.maximum(t1, t2), tl.maximum(t3, t4)))
+            base = tl.where(higher == float("-inf"), 0.0, higher)
+            decay = tl.exp2(highest - base)
+            acc, total = weigh(acc * decay, total * decay, v0, t0 - base, s0)
+            acc, total = weigh(acc, total, v1, t1 - base, s1)
+            acc, total = weigh(acc, total, v2, t2 - base, s2)
+            acc, total = weigh(acc, total, v3, t3 - base, s3)
+            acc, total = weigh(acc, total, v4, t4 - base, s4)
+            highest = higher
+        acc = acc / tl.where(total == 0.0, 1.0, total)
         channel = place // 32 * 32 + place // 2 % 4 * 8 + place // 8 % 4 * 2 + place % 2
-        tl.store(out + (token * heads + head) * DIM + channel, (acc / total).to(out.dtype.element_ty))
+        tl.store(out + (token * heads + head) * 512 + channel, acc.to(out.dtype.element_ty))
 
 
 @cache
 def multiprocessors(index: int | None) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def chunk_of(items: int, splits: int, width: int) -> int:
+    """Items in a row that a block takes at a time: they mostly share their queries. At most a whole list."""
+    return min(splits, -(-items // width))
 
 
 def sparse_attention(
@@ -72,30 +137,53 @@ def sparse_attention(
     sink: Tensor,
     scale: float,
     dtype: torch.dtype,
-    registers: int = FILL_REGISTERS,
-    blocks: int = 1 << 30,
-    kernel: Any = None,
-    merging: int = 2,
 ) -> Tensor:
-    """As `weft.kernels.gpu.attention.sparse_attention`, checked there; q is float16 of 512 channels."""
+    """As `weft.kernels.gpu.attention.sparse_attention`, checked there; q is float16 of 512 channels.
+
+    Only where and when an item runs depends on the batch, never what is computed. Prefill goes through in slabs of
+    queries, which bounds the parts' memory.
+    """
     check(supports(pool.layout), pool.layout)
+    tokens, heads, _ = q.shape
+    q = q.contiguous()
+    out = torch.empty(q.shape, dtype=dtype, device=q.device)
+    splits = max(1, -(-index.shape[1] // SPLIT))
+    slab = max(1, PART_BYTES // (splits * heads * DIM * 2 * 16)) * 16 if splits > 1 else tokens
+    sums = min(slab, tokens) * splits * heads if splits > 1 else 1
+    part = torch.empty(sums * DIM, dtype=torch.float16, device=q.device)
+    tops, totals = torch.empty(2, sums, dtype=torch.float32, device=q.device)
+    for first in range(0, tokens, slab):
+        these = slice(first, first + slab)
+        _launch(
+            q[these], pool, index[these], lengths[these], sink, scale, out[these], (part, tops, totals), splits
+        )
+    return out
+
+
+def _launch(
+    q: Tensor,
+    pool: Paged,
+    index: Tensor,
+    lengths: Tensor,
+    sink: Tensor,
+    scale: float,
+    out: Tensor,
+    parts: tuple[Tensor, Tensor, Tensor],
+    splits: int,
+) -> None:
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from weft.kernels.triton.attention_sm90_kernel import sparse
 
-    tokens, heads, dim = q.shape
+    tokens, heads, _ = q.shape
     layout = pool.layout
-    splits = max(1, triton.cdiv(index.shape[1], SPLIT))
-    items = tokens * triton.cdiv(heads, HEADS) * splits
-    out = torch.empty(q.shape, dtype=dtype, device=q.device)
-    sums = tokens * splits * heads if splits > 1 else 1
-    part = torch.empty(sums * dim, dtype=torch.float16, device=q.device)
-    tops, totals = torch.empty(2, sums, dtype=torch.float32, device=q.device)
-    rows = q.contiguous().view(-1, DIM)
-    box = TensorDescriptor.from_tensor(rows, [HEADS, DIM], NVMMASharedLayout(128, 16, rank=2))
-    launch: Any = kernel or sparse
-    launch[(min(items, multiprocessors(q.device.index), blocks),)](
+    items = tokens * -(-heads // HEADS) * splits
+    width = multiprocessors(q.device.index)
+    chunk = chunk_of(items, splits, width)
+    box = TensorDescriptor.from_tensor(q.view(-1, DIM), [HEADS, DIM], NVMMASharedLayout(128, 16, rank=2))
+    attend: Any = sparse
+    attend[(min(-(-items // chunk), width),)](
         box,
         pool.bytes.view(torch.int32),
         pool.bytes.view(torch.int64),
@@ -103,20 +191,49 @@ def sparse_attention(
         lengths,
         sink,
         out,
-        part,
-        tops,
-        totals,
+        *parts,
         index.stride(0),
+        index.shape[1],
         heads,
         splits,
         items,
+        chunk,
         scale * LOG2E,
         layout.page,
         layout.page_bytes,
-        registers,
+        FILL_REGISTERS,
         num_warps=8,
     )
-    if splits > 1 and merging:
+    if splits > 1:
         add: Any = merge
-        add[tokens, heads](out, part, tops, totals, lengths, sink, heads, splits, SPLIT, DIM, num_warps=4, launch_pdl=merging > 1)
-    return out
+        grid = tokens, heads
+        add[grid](out, *parts, lengths, sink, heads, splits, SPLIT, num_warps=MERGE_WARPS, launch_pdl=True)
+
+
+def aot() -> tuple[AotCase, ...]:
+    """The number of heads is an argument: one kernel for V4-Flash, V4-Pro and shares of them."""
+    if not available():
+        return ()
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    from weft.kernels.triton.attention_sm90_kernel import sparse
+
+    sums = "out:*bf16 part:*fp16 tops:*fp32 totals:*fp32"
+    tensors = f"pool:*i32 words:*i64 index:*i32 lengths:*i32 sink:*fp32 {sums}"
+    numbers = "index_token:i32 columns:i32 heads:i32 splits:i32 items:i32 chunk:i32 scale:fp32"
+    signature = {"q": f"tensordesc<fp16[{HEADS},{DIM}],{NVMMASharedLayout(128, 16, rank=2)!r}>"}
+    signature |= dict(item.split(":") for item in f"{tensors} {numbers}".split())
+    aligned = (*(name for name, kind in signature.items() if kind.startswith("*")), "index_token")
+    layout = kv_fp8(64, 448, 64)
+    constants = {"PAGE": layout.page, "PAGE_BYTES": layout.page_bytes, "FILL_REGISTERS": FILL_REGISTERS}
+    signature |= dict.fromkeys(constants, "constexpr")
+    # What is spilled are the loops' own numbers, once an item.
+    expect: dict[str, tuple[str, ...]] = {"sm90": EXPECT}
+    attend = AotCase(
+        "sparse attention, sm_90", sparse, signature, constants, 8, 1, ("sm90",), expect, 160, aligned
+    )
+    merging = dict(item.split(":") for item in f"{sums} lengths:*i32 sink:*fp32 heads:i32 splits:i32".split())
+    merging["SPLIT"] = "constexpr"
+    expect = {"sm90": (r"griddepcontrol\.wait", r"LDG\.E\.128")}
+    name = "sparse attention, sm_90, merge"
+    return attend, AotCase(name, merge, merging, {"SPLIT": SPLIT}, MERGE_WARPS, 1, ("sm90",), expect)
