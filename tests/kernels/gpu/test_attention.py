@@ -172,7 +172,7 @@ def test_v4_flash(device: str) -> None:
 
 @pytest.mark.parametrize("heads", [16, 64, 128])
 def test_many_queries(heads: int, device: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More work than multiprocessors, so that blocks take several items, of one list or of several; one slab of queries or ten."""
+    """More items than multiprocessors, so that a block takes several, of one list or more; one slab or ten."""
     if kernel == "triton":
         pytest.skip("of the Hopper kernel, which divides its work so")
     e = example(150, 640, heads, V4, device=device, pages=100)
