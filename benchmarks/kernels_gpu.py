@@ -31,18 +31,14 @@ BATCHES = {"decode": (1, 8, 32, 64, 128, 256), "both": (1, 32, 256, 2048), "pref
 _LARGEST = {"index logits, 32,768 keys (128k)": 64}
 
 
-def timed(case: Case, rows: int, names: list[str], limits: dict[str, float]) -> dict[str, Any]:
+def timed(case: Case, rows: int, limits: dict[str, float]) -> dict[str, Any]:
     first = case.make(rows, "cuda")
     prepared = [first, *(case.make(rows, "cuda") for _ in range(sets(first.least, 2, 12) - 1))]
     floor = max(first.least / limits["copy TB/s"] / 1e6, first.flop / limits["bf16 TFLOP/s"] / 1e6)
     out: dict[str, Any] = {"least us": round(floor, 2)}
-    for name in names:
-        try:
-            out[name] = round(microseconds([partial(p.run, name) for p in prepared]), 2)
-        except Exception as error:  # a peer's refusal is a result, our own is not
-            if name not in LIBRARIES:
-                raise
-            out[name] = f"{type(error).__name__}: {str(error)[:120]}"
+    out["ours"] = round(microseconds([partial(p.run, None) for p in prepared]), 2)
+    for name in first.peers:
+        out[name] = round(microseconds([p.peers[name] for p in prepared]), 2)
     return out
 
 
@@ -58,12 +54,10 @@ def main() -> None:
     absent = {name: library.absence() for name, library in LIBRARIES.items()}
     results: dict[str, Any] = {}
     for case in (*CASES, *LONG):
-        names = ["triton", *(peer for peer in case.peers if absent[peer] is None)]
         batches = [b for b in BATCHES[case.phase] if b <= _LARGEST.get(case.name, b)]
         for rows in (batches[0], batches[-1]) if quick else batches:
-            row = results.setdefault(f"{case.name} ({case.phase})", {})[f"{rows} rows"] = timed(
-                case, rows, names, limits
-            )
+            row = timed(case, rows, limits)
+            results.setdefault(f"{case.name} ({case.phase})", {})[f"{rows} rows"] = row
             print(f"{case.name:52} {case.phase:8} {rows:5} {row}", flush=True)
     kind = arch_of("cuda", 0)
     record(

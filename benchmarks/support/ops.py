@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from types import ModuleType
 
 import torch
 
 from weft.kernels.gpu import attention, compress, copies, heads, indexer, output, topk
+from weft.kernels.libraries import deep_gemm, flash_mla
 from weft.kernels.reference import attention as attention_inputs
 from weft.kernels.reference import compress as compress_inputs
 from weft.kernels.reference import copies as copies_inputs
@@ -23,24 +26,30 @@ _POSITION = 8191
 
 @dataclass(frozen=True)
 class Prepared:
-    """One call on inputs of its own. run: of an implementation. least: bytes that it has to move. flop: of matrix
-    products, by kind."""
+    """One call on inputs of its own. run: of an implementation, None being the one that is chosen. least: bytes
+    that it has to move. flop: of matrix products. peers: a library's bare call on the same inputs, its types
+    converted and its plan made beforehand."""
 
-    run: Callable[[str], object]
+    run: Callable[[str | None], object]
     least: int
     flop: float = 0.0
+    peers: Mapping[str, Callable[[], object]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Case:
-    """make(tokens, device): `tokens` rows, of as many sequences at decode and of one at prefill. peers: libraries
-    that have the op. layers: which kinds of layer run it once a step (w: window, 4: c4a, 8: c128a)."""
+    """make(tokens, device): `tokens` rows, of as many sequences at decode and of one at prefill. layers: which
+    kinds of layer run it once a step (w: window, 4: c4a, 8: c128a)."""
 
     name: str
     make: Callable[[int, str], Prepared]
     phase: str
     layers: str
-    peers: tuple[str, ...] = ()
+
+
+def _if_usable(library: ModuleType, make: Callable[[], Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    name = library.__name__.rsplit(".", 1)[1]
+    return {} if library.absence() else {name: make()}
 
 
 def _attention(tokens: int, device: str, columns: int) -> Prepared:
@@ -51,6 +60,10 @@ def _attention(tokens: int, device: str, columns: int) -> Prepared:
         lambda name: attention.sparse_attention(*arguments, dtype=torch.bfloat16, implementation=name),
         attention.least_bytes(tokens, columns, HEADS, e.pool),
         4.0 * tokens * columns * HEADS * DIM,
+        _if_usable(
+            flash_mla,
+            lambda: partial(flash_mla.sparse_attention, e.q.bfloat16(), *arguments[1:], flash_mla.metadata()),
+        ),
     )
 
 
@@ -102,6 +115,18 @@ def _logits(tokens: int, device: str, entries: int) -> Prepared:
         ),
         indexer.least_bytes(query, e.keys.layout, tokens * entries, e.width),
         2.0 * tokens * entries * INDEX_HEADS * INDEX_DIM,
+        _if_usable(
+            deep_gemm,
+            lambda: partial(
+                deep_gemm.paged_logits,
+                query,
+                e.keys,
+                e.tables[e.sequence.long()],
+                e.visible,
+                e.width,
+                deep_gemm.plan(e.visible),
+            ),
+        ),
     )
 
 
@@ -119,6 +144,10 @@ def _ragged(tokens: int, device: str) -> Prepared:
         ),
         indexer.least_bytes(query, e.keys.layout, entries, e.width),
         2.0 * float(e.visible.sum()) * INDEX_HEADS * INDEX_DIM,
+        _if_usable(
+            deep_gemm,
+            lambda: partial(deep_gemm.ragged_logits, query, keys, start, start + e.visible, e.width),
+        ),
     )
 
 
@@ -156,20 +185,18 @@ def _slots(count: int, device: str) -> Prepared:
 
 
 CASES = (
-    Case("sparse attention, 128 rows", lambda n, d: _attention(n, d, WINDOW), "decode", "w", ("flash_mla",)),
+    Case("sparse attention, 128 rows", lambda n, d: _attention(n, d, WINDOW), "decode", "w"),
     Case(
         "sparse attention, 128 + 512 rows",
         lambda n, d: _attention(n, d, WINDOW + TOP_K),
         "decode",
         "4",
-        ("flash_mla",),
     ),
     Case(
         "sparse attention, 128 + 64 rows (8k, c128a)",
         lambda n, d: _attention(n, d, WINDOW + 64),
         "decode",
         "8",
-        ("flash_mla",),
     ),
     Case("norm, RoPE, store", _heads, "both", "w48"),
     Case("c4 compression", lambda n, d: _c4(n, d, True), "decode", "4"),
@@ -177,8 +204,8 @@ CASES = (
     Case("c128 compression", lambda n, d: _c128(n, d, True), "decode", "8"),
     Case("c128 compression", lambda n, d: _c128(n, d, False), "prefill", "8"),
     Case("index query", _query, "both", "4"),
-    Case("index logits, 2,048 keys (8k)", lambda n, d: _logits(n, d, 2048), "decode", "4", ("deep_gemm",)),
-    Case("index logits, ragged", _ragged, "prefill", "", ("deep_gemm",)),
+    Case("index logits, 2,048 keys (8k)", lambda n, d: _logits(n, d, 2048), "decode", "4"),
+    Case("index logits, ragged", _ragged, "prefill", ""),
     Case("top 512 of 2,048 (8k)", lambda n, d: _top_k(n, d, 2048), "decode", "4"),
     Case("inverse RoPE", lambda n, d: _output(n, d, False), "both", ""),
     Case("inverse RoPE, quantised", lambda n, d: _output(n, d, True), "both", "w48"),
@@ -187,13 +214,12 @@ CASES = (
 )
 # Long contexts: these alone grow with it.
 LONG = (
-    Case("index logits, 32,768 keys (128k)", lambda n, d: _logits(n, d, 32768), "decode", "4", ("deep_gemm",)),
+    Case("index logits, 32,768 keys (128k)", lambda n, d: _logits(n, d, 32768), "decode", "4"),
     Case("top 512 of 32,768 (128k)", lambda n, d: _top_k(n, d, 32768), "decode", "4"),
     Case(
         "sparse attention, 128 + 1,024 rows (128k, c128a)",
         lambda n, d: _attention(n, d, WINDOW + 1024),
         "decode",
         "8",
-        ("flash_mla",),
     ),
 )

@@ -55,39 +55,40 @@ def plan(visible: Tensor) -> Tensor:
     return schedule
 
 
-def paged(
-    query: IndexQuery,
-    keys: Paged,
-    tables: Tensor,
-    sequence: Tensor,
-    visible: Tensor,
-    out: Tensor,
-    schedule: Tensor | None = None,
-) -> None:
-    """`index_logits`, each token being a sequence of its own to the library. schedule: from `plan`."""
+def paged(query: IndexQuery, keys: Paged, tables: Tensor, sequence: Tensor, visible: Tensor, out: Tensor) -> None:
+    """`index_logits`, each token being a sequence of its own to the library."""
+    _check(query)
+    logits = paged_logits(query, keys, tables[sequence.long()], visible, out.shape[1], plan(visible))
+    _fill(out, logits, visible)
+
+
+def paged_logits(
+    query: IndexQuery, keys: Paged, tables: Tensor, visible: Tensor, width: int, schedule: Tensor
+) -> Tensor:
+    """The library's call alone. tables: [T, P] of each token; schedule: from `plan`. Columns that are not visible
+    are undefined."""
     library = _check(query)
     layout = keys.layout
     assert layout == keys_fp8(64, 128), layout
-    logits = library.fp8_paged_mqa_logits(
-        query.codes[:, None],
-        keys.bytes.view(len(keys.bytes), layout.page, 1, layout.row_bytes),
-        query.weights,
-        visible[:, None],
-        tables[sequence.long()],
-        plan(visible) if schedule is None else schedule,
-        out.shape[1],
-        False,
+    cache = keys.bytes.view(len(keys.bytes), layout.page, 1, layout.row_bytes)
+    logits: Tensor = library.fp8_paged_mqa_logits(
+        query.codes[:, None], cache, query.weights, visible[:, None], tables, schedule, width, False
     )
-    _fill(out, logits, visible)
+    return logits
 
 
 def ragged(query: IndexQuery, keys: GatheredKeys, start: Tensor, visible: Tensor, out: Tensor) -> None:
     """`index_logits_ragged`: with a longest row given, columns count from a row's first key."""
+    _fill(out, ragged_logits(query, keys, start, start + visible, out.shape[1]), visible)
+
+
+def ragged_logits(query: IndexQuery, keys: GatheredKeys, start: Tensor, end: Tensor, width: int) -> Tensor:
+    """The library's call alone."""
     library = _check(query)
-    logits = library.fp8_mqa_logits(
-        query.codes, (keys.codes, keys.scales), query.weights, start, start + visible, False, out.shape[1]
+    logits: Tensor = library.fp8_mqa_logits(
+        query.codes, (keys.codes, keys.scales), query.weights, start, end, False, width
     )
-    _fill(out, logits, visible)
+    return logits
 
 
 def _fill(out: Tensor, logits: Tensor, visible: Tensor) -> None:

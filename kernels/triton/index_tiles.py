@@ -56,11 +56,15 @@ def load_fp8(codes, scales, at, scale_at, seen, DIM: tl.constexpr, BD: tl.conste
 
 
 @triton.jit
-def load_fp4(codes, scales, at, scale_at, seen, ROWS: tl.constexpr, DIM: tl.constexpr, GROUPS: tl.constexpr):
-    """Even and odd channels of keys or heads: two [ROWS, DIM / 2] bfloat16."""
-    packed = tl.load(codes + at[:, None] + tl.arange(0, DIM // 2)[None, :], mask=seen[:, None], other=0)
+def load_fp4(
+    codes, scales, at, scale_at, seen, ROWS: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr,
+    GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Even and odd channels of keys or heads: two [ROWS, BD / 2] bfloat16, zeros from DIM / 2 on."""
+    pair = tl.arange(0, BD // 2)
+    packed = tl.load(codes + at[:, None] + pair, mask=seen[:, None] & (pair < DIM // 2)[None, :], other=0)
     exponents = tl.load(scales + scale_at[:, None] + tl.arange(0, GROUPS)[None, :], mask=seen[:, None], other=0)
-    return fp4_halves(packed, exponents, ROWS, DIM // 2, GROUPS)
+    return fp4_halves(packed, exponents, ROWS, BD // 2, GROUPS)
 
 
 @triton.jit
@@ -74,7 +78,7 @@ def load_query(
     row = tl.cast(token, tl.int64) * N + head
     weight = tl.load(weights + row, mask=here, other=0.0)
     if FP4:
-        even, odd = load_fp4(q, q_scales, row * (DIM // 2), row * GROUPS, here, BN, DIM, GROUPS)
+        even, odd = load_fp4(q, q_scales, row * (DIM // 2), row * GROUPS, here, BN, DIM, BD, GROUPS)
         return even, odd, weight
     else:
         channel = tl.arange(0, BD)
@@ -95,7 +99,7 @@ def load_keys(
         tables, P, owner, column, seen, PAGED, PAGE, DATA_PAGE, SCALE_PAGE, SCALES_AT, DATA, GROUPS
     )
     if FP4:
-        even, odd = load_fp4(codes, scales, at, scale_at, seen, BK, DIM, GROUPS)
+        even, odd = load_fp4(codes, scales, at, scale_at, seen, BK, DIM, BD, GROUPS)
         return even, odd, tl.full((BK,), 1.0, tl.float32)
     else:
         tile, scale = load_fp8(codes, scales, at, scale_at, seen, DIM, BD)

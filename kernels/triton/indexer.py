@@ -233,24 +233,31 @@ def ragged(query: IndexQuery, keys: GatheredKeys, start: Tensor, visible: Tensor
 
 
 def aot() -> tuple[AotCase, ...]:
-    """V4-Flash's sizes: 64 heads of 128 channels, pages of 64 keys."""
+    """V4-Flash's sizes, 64 heads of 128 channels, pages of 64 keys; and the smallest that products must be padded
+    for."""
     paged = (keys_fp8(64, 128), keys_fp4(64, 128))
     cases = [
         logits_case(f"{name} paged", logits_kernel, layout, rows)
         for layout, name in zip(paged, ("fp8", "fp4"), strict=True)
         for rows in (1, 8)
     ]
-    return (*cases, logits_case("fp8 ragged", logits_kernel, None, 8))
+    small = [
+        logits_case(f"{layout.codes} of 16 channels", logits_kernel, layout, 8, 4, 16)
+        for layout in (keys_fp8(16, 16), keys_fp4(16, 16))
+    ]
+    return (*cases, logits_case("fp8 ragged", logits_kernel, None, 8), *small)
 
 
-def logits_case(name: str, kernel: Any, layout: RowLayout | None, rows: int) -> AotCase:
+def logits_case(
+    name: str, kernel: Any, layout: RowLayout | None, rows: int, heads: int = 64, dim: int = 128
+) -> AotCase:
     """layout: of the pool; None for gathered fp8 keys."""
     fp4 = layout is not None and layout.codes == "e2m1"
     code, scale = ("*u8", "*u8") if fp4 else ("*fp8e4nv", "*fp32")
     kinds = {"out": "*fp32", "q": code, "q_scales": scale, "weights": "*fp32", "codes": code, "scales": scale}
     kinds |= dict.fromkeys(("tables", "owners", "visible"), "*i32")
     kinds |= dict.fromkeys(("P", "T", "width", "chunks"), "i32")
-    config = _config(64, 128, fp4)
+    config = _config(heads, dim, fp4)
     constants = {**(page_config(layout) if layout else GATHERED), **config, "TILES": 4, "ROWS": rows}
     kinds |= dict.fromkeys(constants, "constexpr")
     signature = {argument: kinds[argument] for argument in kernel.arg_names}
