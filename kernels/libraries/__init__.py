@@ -1,0 +1,1 @@
+"""Libraries that have some of the device ops, behind the same wrappers."""

@@ -1,0 +1,1 @@
+"""Every device op in float64, plain torch."""
