@@ -63,7 +63,7 @@ def sparse_attention(
 
 
 def choose(arch: Arch, libraries: frozenset[str], heads: int = 64, coded: int = 448) -> Choice:
-    """heads: on this GPU; coded: quantised channels of a row. Not by the batch, which must not change a query's bits."""
+    """heads: on this GPU; coded: quantised channels of a row. Not the batch: no query's bits depend on it."""
     if arch == "sm90" and "triton" in libraries and coded == 448:
         return Choice("sparse_attention", "triton_sm90", "Hopper's instructions, V4's rows")
     return portable("sparse_attention", arch, libraries)

@@ -23,46 +23,19 @@ from torch import Tensor
 
 from weft.kernels.gpu.aot import AotCase
 from weft.kernels.gpu.base import Paged
-from weft.kernels.layouts import RowLayout, kv_fp8, kv_fp8_v41
+from weft.kernels.layouts import kv_fp8, kv_fp8_v41
+from weft.kernels.triton.attention_parts import merge as merge
+from weft.kernels.triton.attention_parts import rows_tile, sizes
 
 LOG2E = 1.4426950408889634
 
 
 @triton.jit
-def rows_tile(
-    pool,
-    plain,
-    rows,
-    valid,
-    PAGE: tl.constexpr,
-    PAGE_BYTES: tl.constexpr,
-    DATA: tl.constexpr,
-    SCALE: tl.constexpr,
-    SCALES_AT: tl.constexpr,
-    CODED: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
-    """[N] rows -> [N, GROUPS * GROUP] float16; zeros where a row is not valid and beyond CHANNELS."""
-    page = (rows // PAGE).to(tl.int64) * PAGE_BYTES
-    place = rows % PAGE
-    data = (page + place * DATA)[:, None, None]
-    group = tl.arange(0, GROUPS)
-    channel = (group[:, None] * GROUP + tl.arange(0, GROUP)[None, :])[None]
-    codes = tl.load(pool + data + channel, mask=valid[:, None, None] & (channel < CODED), other=0)
-    at = pool + (page + SCALES_AT + place * SCALE)[:, None] + group[None, :]
-    exponent = tl.load(at, mask=valid[:, None] & (group * GROUP < CODED)[None, :], other=0)
-    factor = (exponent.to(tl.int32) << 23).to(tl.float32, bitcast=True).to(tl.float16)
-    tile = codes.to(tl.float8e4nv, bitcast=True).to(tl.float16) * factor[:, :, None]
-    if CODED < CHANNELS:
-        inside = (channel >= CODED) & (channel < CHANNELS)
-        half = (rows // PAGE).to(tl.int64) * (PAGE_BYTES // 2) + place * (DATA // 2)
-        value = tl.load(
-            plain + half[:, None, None] + (channel - CODED // 2), mask=valid[:, None, None] & inside, other=0.0
-        )
-        tile = tl.where(channel < CODED, tile, value.to(tl.float32).to(tl.float16))
-    return tl.reshape(tile, [rows.shape[0], GROUPS * GROUP])
+def with_sink(top, total, bias):
+    """The factor that makes an output of a list's sums, the sink being one more logit."""
+    highest = tl.maximum(top, bias)
+    share = tl.exp2(top - highest)
+    return share / (total * share + tl.exp2(bias - highest))
 
 
 @triton.jit
@@ -86,48 +59,27 @@ def attend(
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
     HEADS: tl.constexpr,
-    PAGE: tl.constexpr,
-    PAGE_BYTES: tl.constexpr,
-    DATA: tl.constexpr,
-    SCALE: tl.constexpr,
-    SCALES_AT: tl.constexpr,
-    CODED: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     """Grid (T, head blocks, splits). Heads are rows of the products."""
+    CHANNELS: tl.constexpr = LAYOUT[6]
     token = tl.program_id(0).to(tl.int64)
     split = tl.program_id(2)
     length = tl.load(lengths + token)
     begin = split * SPLIT
     if (begin < length) | (split == 0):
         head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-        channel = tl.arange(0, GROUPS * GROUP)
+        channel = tl.arange(0, LAYOUT[7] * LAYOUT[8])
         present = (head < heads)[:, None] & (channel < CHANNELS)[None, :]
         query = tl.load(q + token * q_token + head[:, None] * q_head + channel[None, :], mask=present, other=0.0)
         top = tl.full([HEADS], float("-inf"), tl.float32)
         total = tl.zeros([HEADS], tl.float32)
-        acc = tl.zeros([HEADS, GROUPS * GROUP], tl.float32)
+        acc = tl.zeros([HEADS, LAYOUT[7] * LAYOUT[8]], tl.float32)
         end = tl.minimum(begin + SPLIT, length)
         for first in range(begin, end, BLOCK):
             column = first + tl.arange(0, BLOCK)
             row = tl.load(index + token * index_token + column, mask=column < end, other=-1)
-            keys = rows_tile(
-                pool,
-                plain,
-                row,
-                row >= 0,
-                PAGE,
-                PAGE_BYTES,
-                DATA,
-                SCALE,
-                SCALES_AT,
-                CODED,
-                CHANNELS,
-                GROUP,
-                GROUPS,
-            )
+            keys = rows_tile(pool, plain, row, row >= 0, LAYOUT)
             logits = tl.dot(query, tl.trans(keys)) * scale
             logits = tl.where((row >= 0)[None, :], logits, float("-inf"))
             higher = tl.maximum(top, tl.max(logits, 1))
@@ -141,9 +93,7 @@ def attend(
         bias = tl.load(sink + head, mask=head < heads, other=0.0) * 1.4426950408889634
         target = (token * heads + head)[:, None] * CHANNELS + channel[None, :]
         if length <= SPLIT:
-            highest = tl.maximum(top, bias)
-            share = tl.exp2(top - highest)
-            weight = share / (total * share + tl.exp2(bias - highest))
+            weight = with_sink(top, total, bias)
             tl.store(out + target, (acc * weight[:, None]).to(out.dtype.element_ty), mask=present)
         else:
             tl.store(part + at[:, None] * CHANNELS + channel[None, :], acc, mask=present)
@@ -172,48 +122,27 @@ def attend_swapped(
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
     HEADS: tl.constexpr,
-    PAGE: tl.constexpr,
-    PAGE_BYTES: tl.constexpr,
-    DATA: tl.constexpr,
-    SCALE: tl.constexpr,
-    SCALES_AT: tl.constexpr,
-    CODED: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     """The same with keys, then channels, as rows of the products."""
+    CHANNELS: tl.constexpr = LAYOUT[6]
     token = tl.program_id(0).to(tl.int64)
     split = tl.program_id(2)
     length = tl.load(lengths + token)
     begin = split * SPLIT
     if (begin < length) | (split == 0):
         head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-        channel = tl.arange(0, GROUPS * GROUP)
+        channel = tl.arange(0, LAYOUT[7] * LAYOUT[8])
         present = (channel < CHANNELS)[:, None] & (head < heads)[None, :]
         query = tl.load(q + token * q_token + head[None, :] * q_head + channel[:, None], mask=present, other=0.0)
         top = tl.full([HEADS], float("-inf"), tl.float32)
         total = tl.zeros([HEADS], tl.float32)
-        acc = tl.zeros([GROUPS * GROUP, HEADS], tl.float32)
+        acc = tl.zeros([LAYOUT[7] * LAYOUT[8], HEADS], tl.float32)
         end = tl.minimum(begin + SPLIT, length)
         for first in range(begin, end, BLOCK):
             column = first + tl.arange(0, BLOCK)
             row = tl.load(index + token * index_token + column, mask=column < end, other=-1)
-            keys = rows_tile(
-                pool,
-                plain,
-                row,
-                row >= 0,
-                PAGE,
-                PAGE_BYTES,
-                DATA,
-                SCALE,
-                SCALES_AT,
-                CODED,
-                CHANNELS,
-                GROUP,
-                GROUPS,
-            )
+            keys = rows_tile(pool, plain, row, row >= 0, LAYOUT)
             logits = tl.dot(keys, query) * scale
             logits = tl.where((row >= 0)[:, None], logits, float("-inf"))
             higher = tl.maximum(top, tl.max(logits, 0))
@@ -227,51 +156,12 @@ def attend_swapped(
         bias = tl.load(sink + head, mask=head < heads, other=0.0) * 1.4426950408889634
         target = (token * heads + head)[None, :] * CHANNELS + channel[:, None]
         if length <= SPLIT:
-            highest = tl.maximum(top, bias)
-            share = tl.exp2(top - highest)
-            weight = share / (total * share + tl.exp2(bias - highest))
+            weight = with_sink(top, total, bias)
             tl.store(out + target, (acc * weight[None, :]).to(out.dtype.element_ty), mask=present)
         else:
             tl.store(part + at[None, :] * CHANNELS + channel[:, None], acc, mask=present)
             tl.store(tops + at, top, mask=head < heads)
             tl.store(totals + at, total, mask=head < heads)
-
-
-@triton.jit
-def merge(
-    out,
-    part,
-    tops,
-    totals,
-    lengths,
-    sink,
-    heads,
-    splits,
-    SPLIT: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Grid (T, H): add a query's splits, first to last. Queries with one split were written already."""
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    length = tl.load(lengths + token)
-    if length > SPLIT:
-        used = tl.cdiv(length, SPLIT)
-        channel = tl.arange(0, WIDTH)
-        at = token * splits * heads + head
-        bias = tl.load(sink + head) * 1.4426950408889634
-        highest = bias
-        for split in range(used):
-            highest = tl.maximum(highest, tl.load(tops + at + split * heads))
-        total = tl.exp2(bias - highest)
-        acc = tl.zeros([WIDTH], tl.float32)
-        for split in range(used):
-            share = tl.exp2(tl.load(tops + at + split * heads) - highest)
-            total += tl.load(totals + at + split * heads) * share
-            where = part + (at + split * heads) * CHANNELS + channel
-            acc += tl.load(where, mask=channel < CHANNELS, other=0.0) * share
-        target = out + (token * heads + head) * CHANNELS + channel
-        tl.store(target, (acc / total).to(out.dtype.element_ty), mask=channel < CHANNELS)
 
 
 @dataclass(frozen=True)
@@ -293,21 +183,6 @@ def config(heads: int, channels: int, split: int) -> Config:
     if heads >= 48:
         return Config(False, split, 64 if wide else 32, 64, 8 if wide else 4, 1)
     return Config(True, split, 64, max(16, triton.next_power_of_2(heads)), 8 if wide else 4, 1)
-
-
-def _sizes(layout: RowLayout) -> dict[str, int]:
-    groups = triton.next_power_of_2(-(-layout.channels // layout.group))
-    return {
-        "PAGE": layout.page,
-        "PAGE_BYTES": layout.page_bytes,
-        "DATA": layout.data_bytes,
-        "SCALE": layout.scale_bytes,
-        "SCALES_AT": layout.scales_at,
-        "CODED": layout.coded,
-        "CHANNELS": layout.channels,
-        "GROUP": layout.group,
-        "GROUPS": groups,
-    }
 
 
 def sparse_attention(
@@ -350,7 +225,7 @@ def sparse_attention(
         plan.split,
         plan.block,
         plan.heads,
-        **_sizes(pool.layout),
+        sizes(pool.layout),
         num_warps=plan.warps,
         num_stages=plan.stages,
     )
@@ -366,7 +241,8 @@ _MULTIPLES = ("q_token", "q_head", "index_token", "heads")
 
 def aot() -> list[AotCase]:
     """V4-Flash (64 heads), a quarter of it (16, tensor parallel), and V4.1's rows."""
-    tensors = "q:*fp16 pool:*u8 plain:*bf16 index:*i32 lengths:*i32 sink:*fp32 out:*bf16 part:*fp32 tops:*fp32 totals:*fp32"
+    results = "out:*bf16 part:*fp32 tops:*fp32 totals:*fp32"
+    tensors = f"q:*fp16 pool:*u8 plain:*bf16 index:*i32 lengths:*i32 sink:*fp32 {results}"
     numbers = "q_token:i32 q_head:i32 index_token:i32 heads:i32 splits:i32 scale:fp32"
     signature = dict(item.split(":") for item in f"{tensors} {numbers}".split())
     cases = []
@@ -376,7 +252,7 @@ def aot() -> list[AotCase]:
         ("64 heads, 528-byte rows", 64, kv_fp8_v41(64)),
     ):
         plan = config(heads, 512, 2048)
-        constants = {"SPLIT": plan.split, "BLOCK": plan.block, "HEADS": plan.heads, **_sizes(layout)}
+        constants = {"SPLIT": plan.split, "BLOCK": plan.block, "HEADS": plan.heads, "LAYOUT": sizes(layout)}
         product = {"sm90": ("wgmma|HGMMA",), "sm100": (r"tcgen05\.mma",)}
         cases.append(
             AotCase(

@@ -1,0 +1,92 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+"""What both orientations of `attention` use: dequantising a tile of rows, and merging a list's splits."""
+
+import triton
+import triton.language as tl
+
+from weft.kernels.layouts import RowLayout
+
+
+def sizes(layout: RowLayout) -> tuple[int, ...]:
+    """What `rows_tile` reads: where rows and scales are, channels, and groups rounded up to a power of two."""
+    at = layout.page, layout.page_bytes, layout.data_bytes, layout.scale_bytes, layout.scales_at
+    groups = int(triton.next_power_of_2(-(-layout.channels // layout.group)))
+    return *at, layout.coded, layout.channels, layout.group, groups
+
+
+@triton.jit
+def rows_tile(
+    pool,
+    plain,
+    rows,
+    valid,
+    LAYOUT: tl.constexpr,
+):
+    """[N] rows -> [N, GROUPS * GROUP] float16; zeros where a row is not valid and beyond the layout's channels.
+
+    LAYOUT: from `sizes`.
+    """
+    PAGE: tl.constexpr = LAYOUT[0]
+    PAGE_BYTES: tl.constexpr = LAYOUT[1]
+    DATA: tl.constexpr = LAYOUT[2]
+    SCALE: tl.constexpr = LAYOUT[3]
+    SCALES_AT: tl.constexpr = LAYOUT[4]
+    CODED: tl.constexpr = LAYOUT[5]
+    CHANNELS: tl.constexpr = LAYOUT[6]
+    GROUP: tl.constexpr = LAYOUT[7]
+    GROUPS: tl.constexpr = LAYOUT[8]
+    page = (rows // PAGE).to(tl.int64) * PAGE_BYTES
+    place = rows % PAGE
+    data = (page + place * DATA)[:, None, None]
+    group = tl.arange(0, GROUPS)
+    channel = (group[:, None] * GROUP + tl.arange(0, GROUP)[None, :])[None]
+    codes = tl.load(pool + data + channel, mask=valid[:, None, None] & (channel < CODED), other=0)
+    at = pool + (page + SCALES_AT + place * SCALE)[:, None] + group[None, :]
+    exponent = tl.load(at, mask=valid[:, None] & (group * GROUP < CODED)[None, :], other=0)
+    factor = (exponent.to(tl.int32) << 23).to(tl.float32, bitcast=True).to(tl.float16)
+    tile = codes.to(tl.float8e4nv, bitcast=True).to(tl.float16) * factor[:, :, None]
+    if CODED < CHANNELS:
+        inside = (channel >= CODED) & (channel < CHANNELS)
+        half = (rows // PAGE).to(tl.int64) * (PAGE_BYTES // 2) + place * (DATA // 2)
+        value = tl.load(
+            plain + half[:, None, None] + (channel - CODED // 2), mask=valid[:, None, None] & inside, other=0.0
+        )
+        tile = tl.where(channel < CODED, tile, value.to(tl.float32).to(tl.float16))
+    return tl.reshape(tile, [rows.shape[0], GROUPS * GROUP])
+
+
+@triton.jit
+def merge(
+    out,
+    part,
+    tops,
+    totals,
+    lengths,
+    sink,
+    heads,
+    splits,
+    SPLIT: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Grid (T, H): add a query's splits, first to last. Queries with one split were written already."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    length = tl.load(lengths + token)
+    if length > SPLIT:
+        used = tl.cdiv(length, SPLIT)
+        channel = tl.arange(0, WIDTH)
+        at = token * splits * heads + head
+        bias = tl.load(sink + head) * 1.4426950408889634
+        highest = bias
+        for split in range(used):
+            highest = tl.maximum(highest, tl.load(tops + at + split * heads))
+        total = tl.exp2(bias - highest)
+        acc = tl.zeros([WIDTH], tl.float32)
+        for split in range(used):
+            share = tl.exp2(tl.load(tops + at + split * heads) - highest)
+            total += tl.load(totals + at + split * heads) * share
+            where = part + (at + split * heads) * CHANNELS + channel
+            acc += tl.load(where, mask=channel < CHANNELS, other=0.0) * share
+        target = out + (token * heads + head) * CHANNELS + channel
+        tl.store(target, (acc / total).to(out.dtype.element_ty), mask=channel < CHANNELS)
