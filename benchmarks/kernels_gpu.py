@@ -22,7 +22,7 @@ import torch
 from support.gpu import ceilings, device, microseconds, sets
 from support.ops import CASES, LONG, Case
 from support.record import record
-from weft.kernels.gpu.base import arch_of
+from weft.kernels.gpu.base import arch_of, installed
 from weft.kernels.gpu.ops import OPS
 from weft.kernels.libraries import deep_gemm, flash_mla
 
@@ -67,7 +67,7 @@ def main() -> None:
             "ceilings": limits,
             "peers absent": {name: reason for name, reason in absent.items() if reason},
             "us": results,
-            "choices": [str(e.choose(kind, frozenset({"triton"}))) for op in OPS for e in op.examples],
+            "choices": [str(e.choose(kind, installed())) for op in OPS for e in op.examples],
         },
     )
 

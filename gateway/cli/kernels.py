@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from weft.kernels.gpu.base import Arch, arch_of, installed
+from weft.kernels.gpu.base import GLUON, Arch, arch_of, installed
 from weft.kernels.gpu.ops import OPS
 from weft.kernels.libraries import deep_gemm, flash_mla
 
@@ -17,7 +17,7 @@ from weft.kernels.libraries import deep_gemm, flash_mla
 def run(args: argparse.Namespace) -> int:
     here = arch_of("cuda", 0) if torch.cuda.is_available() else arch_of("cpu")
     arch: Arch = args.arch or here
-    libraries = installed() if arch == here else installed() | {"triton"}
+    libraries = installed() if arch == here else installed() | {"triton", GLUON}
     console = Console()
     console.print(f"architecture {arch}{' (this machine)' if arch == here else ''}")
     table = Table("op", "shape", "runs", "because", "implementations", box=None, pad_edge=False)

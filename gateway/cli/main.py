@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("model", help="preset, or folder with config.json")
 
     kernels = commands.add_parser("kernels", help="the device ops, and what runs each of them here")
-    architectures = ("cpu", "interpreter", "sm80", "sm90", "sm100", "sm120")
+    architectures = ("cpu", "interpreter", "sm80", "sm89", "sm90", "sm100", "sm120")
     kernels.add_argument("--arch", choices=architectures, help="as it would be there")
 
     checkpoint = commands.add_parser("checkpoint", help="write an official-layout checkpoint with random weights")

@@ -16,7 +16,7 @@ from typing import Any
 
 from weft.kernels.gpu.base import Arch
 
-CAPABILITY: dict[Arch, int] = {"sm80": 80, "sm90": 90, "sm100": 100, "sm120": 120}
+CAPABILITY: dict[Arch, int] = {"sm89": 89, "sm90": 90, "sm100": 100, "sm120": 120}
 # What a thread block may have on both Hopper and Blackwell; more TMEM columns compile to a bare trap.
 SHARED_BYTES = 232448
 TMEM_COLUMNS = 512

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from weft.kernels.gpu.base import Arch, Choice, Example, Op, Paged, arch, check, check_tensor, installed, portable
+from weft.kernels.gpu.base import (
+    GLUON,
+    Arch,
+    Choice,
+    Example,
+    Op,
+    Paged,
+    arch,
+    check,
+    check_tensor,
+    installed,
+    portable,
+)
+from weft.kernels.layouts import RowLayout, kv_fp8, kv_fp8_v41
 from weft.kernels.reference import attention as reference
 
 # Columns that one program of the portable kernel takes. A list of at most so many is not split: its bytes are then
@@ -42,7 +57,7 @@ def sparse_attention(
     dtype = dtype or q.dtype
     if tokens == 0 or index.shape[1] == 0:
         return torch.zeros(q.shape, dtype=dtype, device=q.device)
-    name = implementation or choose(arch(q), installed(), heads, pool.layout.coded).implementation
+    name = implementation or choose(arch(q), installed(), pool.layout).implementation
     if name == "reference":
         return reference.sparse_attention(q, pool, index, lengths, sink, scale).to(dtype)
     if name == "flash_mla":
@@ -62,10 +77,13 @@ def sparse_attention(
     return launch(q.to(torch.float16), pool, index, lengths, sink, scale, dtype, split)
 
 
-def choose(arch: Arch, libraries: frozenset[str], heads: int = 64, coded: int = 448) -> Choice:
-    """heads: on this GPU; coded: quantised channels of a row. Not the batch: no query's bits depend on it."""
-    if arch == "sm90" and "triton" in libraries and coded == 448:
-        return Choice("sparse_attention", "triton_sm90", "Hopper's instructions, V4's rows")
+def choose(arch: Arch, libraries: frozenset[str], layout: RowLayout) -> Choice:
+    """Not by the batch: no query's bits depend on it."""
+    if layout == kv_fp8(layout.page, 448, 64):
+        if arch == "sm90" and "triton" in libraries:
+            return Choice("sparse_attention", "triton_sm90", "Hopper's instructions, V4's rows")
+        if arch == "sm100" and GLUON in libraries:
+            return Choice("sparse_attention", "triton_sm100", "Blackwell's instructions, V4's rows; never run yet")
     return portable("sparse_attention", arch, libraries)
 
 
@@ -80,7 +98,7 @@ OP = Op(
     "attention of each query over its own list of quantised rows, with a sink",
     ("reference", "triton", "triton_sm90", "triton_sm100", "flash_mla"),
     (
-        Example("V4-Flash, 64 heads", lambda arch, libraries: choose(arch, libraries, 64)),
-        Example("V4-Flash on 4 GPUs, 16 heads", lambda arch, libraries: choose(arch, libraries, 16)),
+        Example("V4, 584-byte rows", partial(choose, layout=kv_fp8(64, 448, 64))),
+        Example("V4.1, 528-byte rows", partial(choose, layout=kv_fp8_v41(64))),
     ),
 )

@@ -6,8 +6,8 @@ they return. What runs is named by a `Choice`, made by a pure function of shapes
 name another implementation, as tests and benchmarks do:
 
 - "reference": plain torch in float64 (`weft.kernels.reference`), anywhere; what the others are tested against;
-- "triton": `weft.kernels.triton`, on NVIDIA GPUs from sm_80 on, or anywhere under TRITON_INTERPRET=1;
-- "triton_sm100": Blackwell's own instructions;
+- "triton": `weft.kernels.triton`, on NVIDIA GPUs from sm_89 on, or anywhere under TRITON_INTERPRET=1;
+- "triton_sm90", "triton_sm100": Hopper's or Blackwell's own instructions;
 - a library, behind the same wrapper (`weft.kernels.libraries`), where it is installed.
 
 Every implementation gives a row the same bits whatever other rows are in the call: tiles and splits depend on a
@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Literal, Protocol
 
@@ -28,8 +29,9 @@ from torch import Tensor
 
 from weft.kernels.layouts import RowLayout
 
-Arch = Literal["cpu", "interpreter", "sm80", "sm90", "sm100", "sm120"]
-ARCHS: tuple[Arch, ...] = ("cpu", "interpreter", "sm80", "sm90", "sm100", "sm120")
+Arch = Literal["cpu", "interpreter", "sm80", "sm89", "sm90", "sm100", "sm120"]
+# In `installed`: a Triton whose Gluon is the one that Blackwell's kernels are written in.
+GLUON = "gluon of triton 3.9"
 
 
 class Paged(Protocol):
@@ -90,10 +92,14 @@ def arch_of(kind: str, index: int | None = None) -> Arch:
     """The architecture behind a torch device type and index."""
     if kind != "cuda":
         return "interpreter" if interpreting() else "cpu"
-    major, minor = torch.cuda.get_device_capability(index)
-    by_major: dict[int, Arch] = {8: "sm80", 9: "sm90", 10: "sm100", 12: "sm120"}
-    assert major in by_major, f"compute capability {major}.{minor}"
-    return by_major[major]
+    capability = torch.cuda.get_device_capability(index)
+    known: tuple[tuple[tuple[int, int], Arch], ...] = (
+        ((11, 0), "sm120"),  # and whatever comes: Triton's common sources
+        ((10, 0), "sm100"),
+        ((9, 0), "sm90"),
+        ((8, 9), "sm89"),
+    )
+    return next((arch for least, arch in known if capability >= least), "sm80")
 
 
 def arch(tensor: Tensor) -> Arch:
@@ -113,7 +119,10 @@ def interpreting() -> bool:
 @cache
 def installed() -> frozenset[str]:
     """What there is for choices to take. Libraries whose bits depend on the batch are never chosen."""
-    return frozenset({"triton"} if find_spec("triton") else ())
+    if find_spec("triton") is None:
+        return frozenset()
+    major, minor = version("triton").split(".")[:2]
+    return frozenset({"triton", GLUON} if (int(major), int(minor)) >= (3, 9) else {"triton"})
 
 
 def portable(op: str, arch: Arch, libraries: frozenset[str]) -> Choice:
@@ -122,6 +131,8 @@ def portable(op: str, arch: Arch, libraries: frozenset[str]) -> Choice:
         return Choice(op, "reference", "no GPU")
     if "triton" not in libraries:
         return Choice(op, "reference", "Triton is not installed")
+    if arch == "sm80":
+        return Choice(op, "reference", "Triton has e4m3 from sm_89 on")
     why = "Triton's interpreter" if arch == "interpreter" else "one source for every architecture"
     return Choice(op, "triton", why)
 

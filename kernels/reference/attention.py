@@ -12,9 +12,7 @@ from weft.kernels.layouts import RowLayout, kv_fp8
 from weft.kernels.reference.rows import gather, store
 
 
-def sparse_attention(
-    q: Tensor, pool: Paged, index: Tensor, lengths: Tensor, sink: Tensor, scale: float
-) -> Tensor:
+def sparse_attention(q: Tensor, pool: Paged, index: Tensor, lengths: Tensor, sink: Tensor, scale: float) -> Tensor:
     """As `weft.kernels.gpu.attention.sparse_attention`: [T, H, d] float64."""
     out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
     for token in range(len(q)):

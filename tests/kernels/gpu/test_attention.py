@@ -5,6 +5,7 @@ import torch
 
 from weft.kernels.gpu import attention
 from weft.kernels.gpu.attention import sparse_attention
+from weft.kernels.gpu.base import GLUON
 from weft.kernels.gpu.interpreter import traffic
 from weft.kernels.layouts import RowLayout, kv_fp8, kv_fp8_v41
 from weft.kernels.reference.attention import Example, example
@@ -193,10 +194,17 @@ def test_many_queries(heads: int, device: str, kernel: str, monkeypatch: pytest.
 
 def test_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    everything = frozenset({"triton", "flash_mla"})
-    assert attention.choose("cpu", everything).implementation == "reference"
-    assert attention.choose("sm90", everything).implementation == "triton_sm90"
-    assert attention.choose("sm90", everything, 64, 512).implementation == "triton"
-    assert attention.choose("sm80", everything).implementation == "triton"
-    assert attention.choose("sm90", frozenset()).implementation == "reference"
+    everything = frozenset({"triton", GLUON})
+    for arch, libraries, layout, chosen in (
+        ("cpu", everything, V4, "reference"),
+        ("sm80", everything, V4, "reference"),
+        ("sm89", everything, V4, "triton"),
+        ("sm90", everything, V4, "triton_sm90"),
+        ("sm90", everything, kv_fp8_v41(64), "triton"),
+        ("sm90", frozenset(), V4, "reference"),
+        ("sm100", everything, V4, "triton_sm100"),
+        ("sm100", frozenset({"triton"}), V4, "triton"),
+        ("sm100", everything, SMALL, "triton"),
+    ):
+        assert attention.choose(arch, libraries, layout).implementation == chosen
     assert RowLayout(64, 448, 64, 64, align=8, pad=0).row_bytes == 584
