@@ -18,13 +18,15 @@ def norm_rope_store(
     pool: Paged,
     eps: float,
     *,
+    dtype: torch.dtype | None = None,
     implementation: str | None = None,
 ) -> Tensor:
     """Queries normalised per head (no weight) and rotated; the KV row normalised, rotated, quantised and stored.
 
     q: [T, H, d], kv: [T, d] of the same dtype (rows may be strided), bfloat16 or float32. kv_weight: [d] float32.
     cos_sin: [T, rope] float32. rows: [T] int32 where each KV row goes, -1: nowhere; no row twice. pool: written.
-    Returns [T, H, d] of q's dtype. Source: DeepSeek-V4's published inference code: norm before RoPE, in float32.
+    Returns [T, H, d] of `dtype`, by default q's. Source: DeepSeek-V4's published inference code: norm before RoPE,
+    in float32.
     """
     check_tensor("q", q, (None, None, None), torch.bfloat16, torch.float32)
     tokens, _, dim = q.shape
@@ -34,13 +36,13 @@ def norm_rope_store(
     check_tensor("rows", rows, (tokens,), torch.int32)
     check(q.is_contiguous() and cos_sin.is_contiguous(), "q and cos_sin are contiguous")
     check(pool.layout.channels == dim and cos_sin.shape[1] <= dim, pool.layout, dim)
+    out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.device)
     if tokens == 0:
-        return torch.empty_like(q)
+        return out
     if (implementation or choose(arch(q), installed()).implementation) == "reference":
-        return reference.norm_rope_store(q, kv, kv_weight, cos_sin, rows, pool, eps)
+        return out.copy_(reference.norm_rope_store(q, kv, kv_weight, cos_sin, rows, pool, eps))
     from weft.kernels.triton.heads import norm_rope_store as launch
 
-    out = torch.empty_like(q)
     launch(q, kv, kv_weight, cos_sin, rows, pool, eps, out)
     return out
 

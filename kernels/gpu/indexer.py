@@ -273,6 +273,7 @@ OP = Op(
     "queries of the c4 indexer, and their scores for every visible key",
     ("reference", "triton", "triton_sm100", "deep_gemm"),
     (
+        Example("any shape", choose_query),
         Example("V4-Flash, fp8 keys", partial(choose, "e4m3", 128)),
         Example("V4-Flash, fp4 keys", partial(choose, "e2m1", 128)),
     ),

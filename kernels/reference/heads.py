@@ -15,9 +15,9 @@ from weft.kernels.reference.rows import store
 def norm_rope_store(
     q: Tensor, kv: Tensor, kv_weight: Tensor, cos_sin: Tensor, rows: Tensor, pool: Paged, eps: float
 ) -> Tensor:
-    """See `weft.kernels.gpu.heads.norm_rope_store`."""
+    """See `weft.kernels.gpu.heads.norm_rope_store`; float64."""
     store(pool, rows, rotate(rms_norm(kv.double(), kv_weight, eps), cos_sin))
-    return rotate(rms_norm(q.double(), None, eps), cos_sin).to(q.dtype)
+    return rotate(rms_norm(q.double(), None, eps), cos_sin)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

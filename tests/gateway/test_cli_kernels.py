@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from weft.gateway.cli import main
+from weft.kernels.gpu.base import GLUON
 from weft.kernels.gpu.ops import OPS
 
 
@@ -17,7 +18,7 @@ def test_every_op_is_listed_with_its_choice(
     lines = capsys.readouterr().out.splitlines()
     for op in OPS:
         for example in op.examples:
-            choice = example.choose(arch, frozenset({"triton"}))  # type: ignore[arg-type]
+            choice = example.choose(arch, frozenset({"triton", GLUON}))  # type: ignore[arg-type]
             line = next(line for line in lines if example.label in line and choice.op in line)
             assert choice.implementation in line and choice.why in line
     assert any(line.startswith("flash_mla: ") for line in lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from weft.kernels.gpu.attention import sparse_attention
@@ -45,9 +46,11 @@ class Attention:
         low, kv = self.wq_a_kv(x).split((config.q_lora_rank, config.head_dim), 1)
         qr = rms_norm(low, self.q_norm, config.rms_norm_eps).to(x.dtype)
         q = self.wq_b(qr).unflatten(1, (config.num_attention_heads, config.head_dim))
-        q = norm_rope_store(q, kv, self.kv_norm, turn, step.window_rows, pool, config.rms_norm_eps)
+        # Attention takes its products in float16, where what bfloat16 leaves of a query fits.
+        wanted = torch.float16 if x.dtype == torch.bfloat16 else x.dtype
+        q = norm_rope_store(q, kv, self.kv_norm, turn, step.window_rows, pool, config.rms_norm_eps, dtype=wanted)
         keys = self._keys(x, qr, step, pool)
-        out = sparse_attention(q, pool, keys.index, keys.lengths, self.sink, self.scale)
+        out = sparse_attention(q, pool, keys.index, keys.lengths, self.sink, self.scale, dtype=x.dtype)
         out = inverse_rope(out, turn)
         return self.wo_b(self.wo_a(out.view(len(out), config.o_groups, -1)))
 
