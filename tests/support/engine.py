@@ -41,7 +41,8 @@ from weft.runtime.text.tokenizer import Tokenizer, byte_tokenizer_json
 
 T = TypeVar("T")
 
-SECONDS = 30.0  # after which a wait has failed
+# After which a wait has failed; on a GPU kernels are compiled in it.
+SECONDS = 300.0 if torch.cuda.is_available() else 30.0
 VOCABULARY = 272  # the byte tokenizer defines 265 of them
 EOS = 1
 UNPAGED = 1024  # a page that holds all of a sequence
