@@ -3,9 +3,10 @@
     python benchmarks/kernels_bytes.py
 
 Needs no GPU: Triton interprets the kernels, and each load and store adds the bytes of its unmasked elements. Reads
-that a cache would serve count in full. Predicted for an H200 (4.3 TB/s copied, 790 TFLOP/s bf16, measured on one)
-and a B200 (8 TB/s, 2,000, by its datasheet): the larger of bytes over bandwidth and products over rate, plus a
-launch of 2 us, per op and summed per layer of V4-Flash. FlashMLA's published figures stand beside.
+that a cache would serve count in full. Hopper's and Blackwell's own attention kernels cannot be interpreted; theirs
+are counted from their loops. Predicted for an H200 (4.3 TB/s copied, 790 TFLOP/s bf16, measured on one) and a B200
+(8 TB/s, 2,000, by its datasheet): the larger of bytes over bandwidth and products over rate, plus a launch of 2 us,
+per op and summed per layer of V4-Flash. FlashMLA's published figures stand beside.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ import torch
 
 from support.ops import CASES, Case
 from support.record import record
+from weft.kernels.gpu.attention import least_bytes
+from weft.kernels.gpu.base import Pages
 from weft.kernels.gpu.interpreter import install, traffic
+from weft.kernels.layouts import kv_fp8
 
 # Rows per call: enough that what is read once per call (norms, tables) does not count for much.
 TOKENS = {"decode": 4, "both": 8, "prefill": 512, "rare": 2}
@@ -43,6 +47,22 @@ def counted(case: Case) -> dict[str, float]:
         "moved": moved.total,
         "least": prepared.least,
         "ratio": round(moved.total / prepared.least, 3),
+    }
+
+
+def by_formula() -> dict[str, dict[str, float]]:
+    """Kernels that Triton cannot interpret, from their loops, at V4-Flash's c4a."""
+    from weft.kernels.triton import attention_sm90, attention_sm100
+
+    columns, pool = 640, Pages.empty(1, kv_fp8(64, 448, 64))
+    least = least_bytes(1, columns, 64, pool)
+    counts = {
+        "sparse attention, sm_90, an item a block": attention_sm90.moved([columns], 64).total,
+        "sparse attention, sm_90, a list a block": attention_sm90.moved([columns], 64, chunk=5).total,
+        "sparse attention, sm_100": attention_sm100.moved([columns], 64).total,
+    }
+    return {
+        name: {"moved": total, "least": least, "ratio": round(total / least, 3)} for name, total in counts.items()
     }
 
 
@@ -85,11 +105,13 @@ def main() -> None:
         }
         for kind, letter in (("window", "w"), ("c4a", "4"), ("c128a", "8"))
     }
-    over = {name: entry["ratio"] for name, entry in counts.items() if entry["ratio"] > BOUND}
+    formulas = by_formula()
+    over = {name: e["ratio"] for name, e in {**counts, **formulas}.items() if e["ratio"] > BOUND}
     record(
         "kernels_bytes",
         {
             "bytes": counts,
+            "bytes by formula": formulas,
             f"over {BOUND}": over,
             "predicted us per op": times,
             "predicted us per layer, attention side, decode at 8k": layers,

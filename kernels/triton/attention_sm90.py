@@ -16,6 +16,7 @@ merges those of a list first to last, five at a time. Lists of 128 columns and l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -28,6 +29,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from weft.kernels.gpu.aot import AotCase
 from weft.kernels.gpu.base import Paged, check
+from weft.kernels.gpu.interpreter import Traffic
 from weft.kernels.layouts import RowLayout, kv_fp8
 
 LOG2E = 1.4426950408889634
@@ -210,6 +212,21 @@ def _launch(
         add: Any = merge
         grid = tokens, heads
         add[grid](out, *parts, lengths, sink, heads, splits, SPLIT, num_warps=MERGE_WARPS, launch_pdl=True)
+
+
+def moved(lengths: Sequence[int], heads: int, chunk: int = 1) -> Traffic:
+    """Bytes that the kernels' own loads and stores move, from their loops. chunk: items of a list that one block
+    takes in turn, with one fetch of its queries; queries come in boxes of 64 heads."""
+    blocks, loaded, stored = -(-heads // HEADS), 0, 0
+    row = kv_fp8(64, 448, 64).row_bytes + 4
+    for length in lengths:
+        splits = max(1, -(-length // SPLIT))
+        loaded += blocks * (-(-splits // chunk) * HEADS * DIM * 2 + length * row + 4 * splits) + 4 * heads
+        stored += heads * DIM * 2
+        if splits > 1:
+            part = splits * heads * (2 * DIM + 8)
+            loaded, stored = loaded + part, stored + part
+    return Traffic(loaded, stored)
 
 
 def aot() -> tuple[AotCase, ...]:
