@@ -2,11 +2,11 @@
 
     python benchmarks/kernels_bytes.py
 
-Needs no GPU: Triton interprets the kernels, and each load and store adds the bytes of its unmasked elements. Reads
-that a cache would serve count in full. Hopper's and Blackwell's own attention kernels cannot be interpreted; theirs
-are counted from their loops. Predicted for an H200 (4.3 TB/s copied, 790 TFLOP/s bf16, measured on one) and a B200
-(8 TB/s, 2,000, by its datasheet): the larger of bytes over bandwidth and products over rate, plus a launch of 2 us,
-per op and summed per layer of V4-Flash. FlashMLA's published figures stand beside.
+Needs no GPU: Triton interprets the kernels, and each load and store adds the bytes of its unmasked elements.
+Reads that a cache would serve count in full. Hopper's and Blackwell's own attention kernels cannot be interpreted;
+theirs are counted from their loops. Predicted for an H200 (4.3 TB/s copied, 790 TFLOP/s bf16, measured on one) and
+a B200 (8 TB/s, 2,000, by its datasheet): the larger of bytes over bandwidth and products over rate, plus a launch
+of 2 us, per op and summed per layer of V4-Flash. FlashMLA's published figures stand beside.
 """
 
 from __future__ import annotations
