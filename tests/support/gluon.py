@@ -40,6 +40,9 @@ class T:
     def reshape(self, shape: list[int]) -> T:
         return T(self.x.reshape(shape))
 
+    def permute(self, order: tuple[int, ...]) -> T:
+        return T(self.x.permute(order))
+
     def __index__(self) -> int:
         return int(self.x)
 
@@ -54,8 +57,8 @@ def _operator(name: str) -> Callable[[T, Any], T]:
     return apply
 
 
-_ARITHMETIC = ("add", "radd", "rsub", "sub", "mul", "rmul", "truediv", "floordiv", "mod", "and")
-_LOGIC = ("rshift", "lshift", "lt", "gt", "le", "ge", "eq", "ne")
+_ARITHMETIC = ("add", "radd", "rsub", "sub", "mul", "rmul", "truediv", "rtruediv", "floordiv", "rfloordiv")
+_LOGIC = ("mod", "rmod", "and", "rshift", "lshift", "lt", "gt", "le", "ge", "eq", "ne")
 for _name in _ARITHMETIC + _LOGIC:
     setattr(T, f"__{_name}__", _operator(f"__{_name}__"))
 

@@ -60,6 +60,7 @@ class Device:
             "mbarrier": self.barriers(),
             "tma": self.tma(),
             "async_copy": self.async_copy(),
+            "skipped": self.skipped,
         }
         for module in modules:
             for name, value in vars(module).items():
@@ -73,9 +74,14 @@ class Device:
             pieces = ("from __future__ import annotations\n" + source.replace("@gluon.jit\n", "")).split(
                 call + "("
             )
-            pieces[number : number + 2] = [pieces[number] + "(lambda *a, **k: None)(" + pieces[number + 1]]
+            pieces[number : number + 2] = [pieces[number] + "skipped(" + pieces[number + 1]]
             exec((call + "(").join(pieces), names)
         return names
+
+    @staticmethod
+    def skipped(*arguments: Any, **named: Any) -> Any:
+        """Called in place of what the kernel runs `without`."""
+        return None
 
     # What runs when.
 
@@ -213,7 +219,7 @@ class Device:
         self.copies.append(copy)
 
     def tma(self) -> SimpleNamespace:
-        def load(source: Descriptor, at: list[Any], barrier: Barrier, to: Memory, pred: Any) -> None:
+        def load(source: Descriptor, at: list[Any], barrier: Barrier, to: Memory, pred: Any = True) -> None:
             if not pred:
                 return
             rows = torch.arange(source.box[0]) + int(at[0])
