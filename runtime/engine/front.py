@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as Seq
 from importlib import import_module
 from pathlib import Path
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int, str], None]
 EMBEDDED = Path(__file__).parent.parent / "embedded" / "weights"
+_Arrival = tuple["asyncio.Queue[m.Answer]", m.Answer]
 _PATIENCE = 0.5  # seconds beyond a deadline for the core to say so itself
 
 
@@ -102,7 +103,9 @@ class Engine:
             if not isinstance(source, Path):
                 raise errors.ConfigError("process", True, "needs a checkpoint folder: a model cannot move")
             check_driver(self.config)
-            return ProcessLink(CoreProcess(source.resolve(), self.config), self._deliver, self._on_death, restarts)
+            return ProcessLink(
+                CoreProcess(source.resolve(), self.config), self._deliver_all, self._on_death, restarts
+            )
         host: Any = import_module("weft.runtime.engine.host")
         model = host.load_model(source, self.config, progress) if isinstance(source, Path) else source
         make = host.core_maker(model, self.tokenizer, self.config)
@@ -234,7 +237,7 @@ class Engine:
         if not self._closed and self._death is None:
             self._link.send(message)
 
-    async def call(self, make: Callable[[int], m.Call]) -> AsyncIterator[m.Delta | m.Done]:
+    async def call(self, make: Callable[[int], m.Call]) -> AsyncGenerator[m.Delta | m.Done]:
         """Send a call and yield its events up to Done; leaving early cancels it."""
         number = self.new_id()
         message = make(number)
@@ -244,8 +247,9 @@ class Engine:
         finished = False
         try:
             self.send(message)
+            deadline = getattr(message, "deadline", None)
             while not finished:
-                event = await _before(getattr(message, "deadline", None), events)
+                event = await (events.get() if deadline is None else _before(deadline, events))
                 finished = not isinstance(event, m.Delta)
                 if isinstance(event, m.Failed):
                     raise _exception(event)
@@ -266,23 +270,30 @@ class Engine:
     # -- from the link's thread -------------------------------------------------------------------------
 
     def _deliver(self, event: m.Event) -> None:
-        """Hand an event to the loop that waits for it."""
-        if isinstance(event, m.Loading):
-            if self._progress is not None:
-                self._progress(event.done, event.total, event.shard)
-            return
-        with self._lock:
-            waiting = self._calls.get(event.call)
-        if waiting is None:
-            return  # the caller has left; its Cancel is on the way
-        loop, events = waiting
-        try:
-            loop.call_soon_threadsafe(events.put_nowait, event)
-        except RuntimeError:
-            # The loop was closed with the call still open: nobody can receive the event any more.
+        self._deliver_all([event])
+
+    def _deliver_all(self, events: Seq[m.Event]) -> None:
+        """Hand events to the loops that wait for them. Each loop is woken once, however many are for it: a step
+        gives one to every call, and a wake-up is dearer than all that is done with an event."""
+        batches: dict[asyncio.AbstractEventLoop, list[_Arrival]] = {}
+        for event in events:
+            if isinstance(event, m.Loading):
+                if self._progress is not None:
+                    self._progress(event.done, event.total, event.shard)
+                continue
             with self._lock:
-                self._calls.pop(event.call, None)
-            self.post(m.Cancel(event.call))
+                waiting = self._calls.get(event.call)
+            if waiting is not None:  # or the caller has left; its Cancel is on the way
+                batches.setdefault(waiting[0], []).append((waiting[1], event))
+        for loop, batch in batches.items():
+            try:
+                loop.call_soon_threadsafe(_put, batch)
+            except RuntimeError:
+                # The loop was closed with calls still open: nobody can receive their events any more.
+                for _, event in batch:
+                    with self._lock:
+                        self._calls.pop(event.call, None)
+                    self.post(m.Cancel(event.call))
 
     def _on_death(self, reason: errors.EngineDead, final: bool) -> None:
         if final:
@@ -292,14 +303,16 @@ class Engine:
     def _fail_all(self, kind: str, reason: str) -> None:
         with self._lock:
             waiting = list(self._calls)
-        for call in waiting:
-            self._deliver(m.Failed(call, kind, reason))
+        self._deliver_all([m.Failed(call, kind, reason) for call in waiting])
 
 
-async def _before(deadline: float | None, events: asyncio.Queue[m.Answer]) -> m.Answer:
+def _put(batch: Seq[_Arrival]) -> None:
+    for events, event in batch:
+        events.put_nowait(event)
+
+
+async def _before(deadline: float, events: asyncio.Queue[m.Answer]) -> m.Answer:
     """The next event. The core ends a call at its deadline, but not while it is being replaced."""
-    if deadline is None:
-        return await events.get()
     try:
         async with asyncio.timeout(deadline + _PATIENCE - time.monotonic()):
             return await events.get()

@@ -68,17 +68,19 @@ class Sequence:
         tokens = self.engine.tokens(content)
         self._send(m.Extend(self.id, tokens, within(cuts, len(tokens))))
 
-    async def generate(
-        self, params: SamplingParams, deadline: float | None = None
-    ) -> AsyncGenerator[m.Delta | m.Done]:
+    def generate(self, params: SamplingParams, deadline: float | None = None) -> AsyncGenerator[m.Delta | m.Done]:
         """Deltas as tokens are drawn, then Done. The drawn tokens join the history."""
-        params = params.validate()
-        if params.seed is None:
-            params = msgspec.structs.replace(params, seed=random.getrandbits(63))
-        self._check_open()
-        at = absolute(deadline)
-        async for event in self.engine.call(lambda call: m.Generate(call, self.id, params, at)):
-            yield event
+
+        def make(call: int) -> m.Generate:  # when the first event is asked for
+            own = params.validate()
+            if own.seed is None:
+                own = msgspec.structs.replace(own, seed=random.getrandbits(63))
+            self._check_open()
+            return m.Generate(call, self.id, own, absolute(deadline))
+
+        # The call's own generator: every token would pass through one around it, and closing that one early would
+        # leave the call to the garbage collector.
+        return self.engine.call(make)
 
     async def complete(self, params: SamplingParams, deadline: float | None = None) -> Output:
         """`generate`, gathered."""

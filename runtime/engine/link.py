@@ -11,7 +11,7 @@ import multiprocessing
 import queue
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Protocol
@@ -28,6 +28,7 @@ _log = logging.getLogger("weft")
 _GRACE = 5.0  # seconds that a core's process has to end by itself
 
 OnEvent = Callable[[m.Event], None]
+OnEvents = Callable[[Sequence[m.Event]], None]  # of one step
 OnDeath = Callable[[EngineDead, bool], None]  # the reason, and whether it is for good
 MakeCore = Callable[[OnEvent], "Core"]
 ChildMain = Callable[[Connection], None]
@@ -116,9 +117,9 @@ class ProcessLink:
     (its end of the pipe closes) and replaced; messages sent meanwhile wait for the new one.
     """
 
-    def __init__(self, child: ChildMain, on_event: OnEvent, on_death: OnDeath, restarts: int) -> None:
+    def __init__(self, child: ChildMain, on_events: OnEvents, on_death: OnDeath, restarts: int) -> None:
         self._child = child
-        self._on_event = on_event
+        self._on_events = on_events
         self._on_death = on_death
         self._restarts = restarts
         self._closing = False
@@ -183,8 +184,7 @@ class ProcessLink:
                 data = pipe.recv_bytes()
             except (EOFError, ConnectionResetError):
                 return
-            for event in decoder.decode(data):
-                self._on_event(event)
+            self._on_events(decoder.decode(data))
 
 
 def _write(pipe: Connection, outbox: queue.SimpleQueue[bytes | None]) -> None:
