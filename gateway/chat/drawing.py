@@ -77,13 +77,12 @@ async def draw(
                 own.close()
 
 
-async def merged(parts: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[T]:
+def merged(parts: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[T]:
     """What all of them yield, as it comes. The first failure ends all."""
-    if len(parts) == 1:
-        async with aclosing(parts[0]) as only:
-            async for event in only:
-                yield event
-        return
+    return parts[0] if len(parts) == 1 else _merged(parts)
+
+
+async def _merged(parts: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[T]:
     events: asyncio.Queue[T | _End] = asyncio.Queue()
 
     async def pump(part: AsyncGenerator[T]) -> None:

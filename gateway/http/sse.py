@@ -14,6 +14,7 @@ _HEADERS = {
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",  # proxies that would gather events
 }
+_ROOM = 1 << 14  # bytes; a transport asks its writers to wait from four times as many on
 _encoder = msgspec.json.Encoder()
 
 
@@ -40,10 +41,25 @@ class EventStream:
     async def send(self, data: Any, event: str | None = None, id: str | None = None) -> None:
         """data: a struct, or bytes that are JSON."""
         raw = data if isinstance(data, bytes) else _encoder.encode(data)
+        if id is None and event is None:
+            await self.write(b"data: %b\n\n" % raw)
+            return
         head = (f"id: {id}\n" if id is not None else "") + (f"event: {event}\n" if event is not None else "")
         await self.write(head.encode() + b"data: " + raw + b"\n\n")
 
     async def write(self, raw: bytes) -> None:
+        transport = self._request.transport
+        if (
+            self.response.prepared
+            and len(raw) < _ROOM
+            and not self._lock.locked()
+            and transport is not None
+            and transport.get_write_buffer_size() < _ROOM
+        ):
+            # The transport takes it without a wait, so there is nothing to time, nor to keep others from.
+            await self.response.write(raw)
+            self._last = self._loop.time()
+            return
         try:
             async with asyncio.timeout(self._slow):
                 async with self._lock:
@@ -51,7 +67,6 @@ class EventStream:
                         await self.response.prepare(self._request)
                     await self.response.write(raw)
         except TimeoutError:
-            transport = self._request.transport
             if transport is not None:
                 transport.abort()
             raise ConnectionResetError(f"the client took nothing for {self._slow:g} s") from None
