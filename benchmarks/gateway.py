@@ -1,9 +1,9 @@
 """What the gateway costs beside the engine it serves, and beside a server that does nothing.
 
-streams: 64 at a time through HTTP, and the same by the engine's own calls, turn by turn; the engine runs in a
-process of its own both times. first byte: small requests at a steady rate, with what the engine says they took
-subtracted, and the same to a bare aiohttp echo in the same run. idle: memory of the server's process with streams
-that wait.
+streams: 64 at a time through HTTP, and the same by the engine's own calls within the server's process, turn by
+turn: one core, in a process of its own, serves both, as two differ by a tenth on one machine. first byte: small
+requests at a steady rate, with what the engine says they took subtracted, and the same to a bare aiohttp echo in the
+same run. idle: memory of the server's process with streams that wait.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
+from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 import uvloop
 
 from support.record import record
-from weft.runtime.cache.capacity import PoolSizes
+from weft.gateway.cli import main as cli
+from weft.gateway.cli import serve
+from weft.gateway.http.state import State
 from weft.runtime.decoding.params import SamplingParams
 from weft.runtime.engine import messages as m
-from weft.runtime.engine.config import CoreLimits, EngineConfig
 from weft.runtime.engine.front import EMBEDDED, Engine
 
 SERVE = "import sys; from weft.gateway.cli import main; sys.exit(main())"
@@ -50,19 +52,28 @@ def percentile(values: list[float], share: float) -> float:
 
 
 @contextlib.contextmanager
-def server(*options: str, port: int = 31877) -> Iterator[tuple[str, int]]:
-    """Its address, and its process."""
-    command = [sys.executable, "-c", SERVE, "serve", "--port", str(port), "--threads", "1", *options]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
+def running(script: Seq[str], *options: str, port: int) -> Iterator[subprocess.Popen[str]]:
+    """A server that is ready."""
+    command = [sys.executable, *script, "serve", "--port", str(port), "--threads", "1", *options]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdin is not None and process.stderr is not None
         try:
             for line in process.stderr:
                 if line.strip() == "weft: ready":
                     break
-            yield f"http://127.0.0.1:{port}", process.pid
+            yield process
         finally:
+            process.stdin.close()
             process.terminate()
             process.stderr.read()
+
+
+@contextlib.contextmanager
+def server(*options: str, port: int = 31877) -> Iterator[tuple[str, int]]:
+    """Its address, and its process."""
+    with running(("-c", SERVE), *options, port=port) as process:
+        yield f"http://127.0.0.1:{port}", process.pid
 
 
 # -- streams ------------------------------------------------------------------------------------------------
@@ -72,59 +83,115 @@ def prompt(number: int) -> list[int]:
     return [5 + (number * 31 + i * 7) % 200 for i in range(24)]
 
 
-async def by_http(url: str, rounds: int) -> list[float]:
-    connector = aiohttp.TCPConnector(limit=0)
-    times = []
+class Client(asyncio.Protocol):
+    """One connection. It only keeps what comes, as what a client does with it is no cost of the gateway's."""
 
-    async def one(session: aiohttp.ClientSession, number: int) -> None:
-        sampling = {"max_new_tokens": TOKENS, "ignore_eos": True, "temperature": 0}
-        body = {"input_ids": prompt(number), "sampling_params": sampling, "stream": True}
-        async with session.post("/generate", json=body) as answer:
-            assert answer.status == 200
-            last = b""
-            async for raw in answer.content.iter_any():
-                last = raw
-            assert last.endswith(b"data: [DONE]\n\n")
+    def __init__(self) -> None:
+        self.parts: list[bytes] = []
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    async with aiohttp.ClientSession(url, connector=connector) as session:
-        for _ in range(rounds + 1):
-            async with session.post("/flush_cache"):
-                pass
-            began = time.perf_counter()
-            await asyncio.gather(*(one(session, i) for i in range(STREAMS)))
-            times.append(time.perf_counter() - began)
-    return times[1:]
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        self.parts.append(data)
+        if data.endswith(b"\r\n0\r\n\r\n") or data == b"0\r\n\r\n":
+            self._ended.set_result(None)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self._ended.done():
+            self._ended.set_exception(error or ConnectionResetError("the server left"))
+
+    async def ask(self, body: bytes) -> None:
+        """The whole answer is in `parts` then."""
+        self.parts.clear()
+        self._ended = asyncio.get_running_loop().create_future()
+        head = f"POST /generate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n"
+        self.transport.write(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+        await self._ended
+
+    def check(self) -> None:
+        """An event for each token, one for the end, and the stream's own end."""
+        events = b"".join(self.parts).split(b"data: ")[1:]
+        assert len(events) == TOKENS + 2, len(events)
+        assert f'"completion_tokens":{TOKENS},'.encode() in events[-2]
+        assert events[-1].startswith(b"[DONE]")
 
 
-async def by_engine(engine: Engine, rounds: int) -> list[float]:
+async def by_http(clients: list[Client]) -> float:
+    sampling = {"max_new_tokens": TOKENS, "ignore_eos": True, "temperature": 0}
+    bodies = [
+        json.dumps({"input_ids": prompt(number), "sampling_params": sampling, "stream": True}).encode()
+        for number in range(STREAMS)
+    ]
+    began = time.perf_counter()
+    await asyncio.gather(*(client.ask(body) for client, body in zip(clients, bodies, strict=True)))
+    took = time.perf_counter() - began
+    for client in clients:
+        client.check()
+    return took
+
+
+async def by_engine(engine: Engine) -> float:
     params = SamplingParams(max_tokens=TOKENS, ignore_eos=True, temperature=0)
-    times = []
 
     async def one(number: int) -> None:
+        drawn = 0
         with engine.open(prompt(number)) as sequence:
             async for event in sequence.generate(params):
-                assert not isinstance(event, m.Failed)
+                drawn += len(event.tokens) if isinstance(event, m.Delta) else 0
+        assert drawn == TOKENS
 
-    for _ in range(rounds + 1):
+    began = time.perf_counter()
+    await asyncio.gather(*(one(number) for number in range(STREAMS)))
+    return time.perf_counter() - began
+
+
+async def own_rounds(engine: Engine) -> None:
+    """A round by the engine's calls for each line that comes; no KV is known before it, nor behind it."""
+    while await asyncio.to_thread(sys.stdin.readline):
         engine.flush()
-        began = time.perf_counter()
-        await asyncio.gather(*(one(i) for i in range(STREAMS)))
-        times.append(time.perf_counter() - began)
-    return times[1:]
+        took = await by_engine(engine)
+        engine.flush()
+        print(took, flush=True)
 
 
-def streams(model: Path, rounds: int) -> dict[str, Any]:
-    """A round each in turn would hold two engines at a time on few cores: rounds of one, then of the other, then
-    of the first again."""
-    limits = CoreLimits(queue=4096)
-    config = EngineConfig(pools=PoolSizes(), limits=limits, threads=1)
+def serve_both() -> int:
+    """`weft serve`, and `own_rounds` on its engine."""
+    prepare, tasks = serve._prepare, []
+
+    async def and_listen(state: State) -> None:
+        await prepare(state)
+        tasks.append(asyncio.ensure_future(own_rounds(state.engine)))
+
+    serve._prepare = and_listen
+    return cli()
+
+
+async def both(process: subprocess.Popen[str], port: int, rounds: int) -> tuple[list[float], list[float]]:
+    """Seconds of rounds by the engine's calls, and of those through HTTP, turn by turn; the first ones warm up."""
+    assert process.stdin is not None and process.stdout is not None
+    loop = asyncio.get_running_loop()
+    clients = [(await loop.create_connection(Client, "127.0.0.1", port))[1] for _ in range(STREAMS)]
+    inside, outside = [], []
+    for _ in range(rounds + 1):
+        process.stdin.write("\n")
+        process.stdin.flush()
+        inside.append(float(await asyncio.to_thread(process.stdout.readline)))
+        outside.append(await by_http(clients))
+    for client in clients:
+        client.transport.close()
+    return inside[1:], outside[1:]
+
+
+def streams(model: Path, rounds: int, port: int = 31877) -> dict[str, Any]:
     inside: list[float] = []
     outside: list[float] = []
     for _ in range(2):
-        with Engine(model, config=config, process=True) as engine:
-            inside += uvloop.run(by_engine(engine, rounds))
-        with server("--model", str(model), "--queue", "2048") as (url, _):
-            outside += uvloop.run(by_http(url, rounds))
+        with running((__file__,), "--model", str(model), "--queue", "2048", port=port) as process:
+            engine, http = uvloop.run(both(process, port, rounds))
+            inside += engine
+            outside += http
     engine_s, http_s = statistics.median(inside), statistics.median(outside)
     return {
         "streams": STREAMS,
@@ -234,6 +301,8 @@ def idle(model: Path, count: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["serve"]:
+        sys.exit(serve_both())
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=10.0)
