@@ -2,8 +2,8 @@
 
 streams: 64 at a time through HTTP, and the same by the engine's own calls within the server's process, turn by
 turn: one core, in a process of its own, serves both, as two differ by a tenth on one machine. first byte: small
-requests at a steady rate, with what the engine says they took subtracted, and the same to a bare aiohttp echo in the
-same run. idle: memory of the server's process with streams that wait.
+requests at a steady rate, with what the engine says they took subtracted, and the same to a bare aiohttp echo in
+the same run. idle: memory of the server's process with streams that wait.
 """
 
 from __future__ import annotations
