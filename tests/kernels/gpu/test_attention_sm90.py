@@ -164,6 +164,18 @@ def test_rows_at_the_ends_of_pages(page: int) -> None:
 
 
 @runs_source
+@pytest.mark.parametrize("spread", [1e-5, 30.0, 2000.0])
+def test_extreme_rows(spread: float) -> None:
+    """Scales at the format's floor, above 1, and logits that leave one row all the weight."""
+    e = example(2, 140, 4, V4, spread=spread)
+    e.lengths[0] = 40
+    if spread < 2000:
+        check(e)
+    out, want = launch(e), reference(e.q, e.pool, e.index, e.lengths, e.sink, e.scale)
+    assert torch.isfinite(out).all() and (out - want).abs().max() <= 0.05 * want.abs().max()
+
+
+@runs_source
 @pytest.mark.parametrize("bias", [float("-inf"), -1e30, 1e4])
 def test_extreme_sinks(bias: float) -> None:
     """Of a list that is one item, and of one that is two."""
@@ -171,6 +183,8 @@ def test_extreme_sinks(bias: float) -> None:
     e.lengths[0] = 20
     e.sink.fill_(bias)
     check(e)
+    e.index[1] = -1  # then nothing at all has weight, if the bias has none
+    check(some(e, 1))
 
 
 @runs_source
