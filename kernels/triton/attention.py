@@ -35,7 +35,8 @@ def with_sink(top, total, bias):
     """The factor that makes an output of a list's sums, the sink being one more logit."""
     highest = tl.maximum(top, bias)
     share = tl.exp2(top - highest)
-    return share / (total * share + tl.exp2(bias - highest))
+    # Where nothing has weight, a sink of -inf included, both differences are NaN.
+    return tl.where(total > 0, share / (total * share + tl.exp2(bias - highest)), 0.0)
 
 
 @triton.jit

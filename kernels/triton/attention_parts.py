@@ -81,6 +81,8 @@ def merge(
         highest = bias
         for split in range(used):
             highest = tl.maximum(highest, tl.load(tops + at + split * heads))
+        # Nothing may have weight, the sink included; then differences from -inf would be NaN.
+        highest = tl.where(highest == float("-inf"), 0.0, highest)
         total = tl.exp2(bias - highest)
         acc = tl.zeros([WIDTH], tl.float32)
         for split in range(used):
@@ -89,4 +91,5 @@ def merge(
             where = part + (at + split * heads) * CHANNELS + channel
             acc += tl.load(where, mask=channel < CHANNELS, other=0.0) * share
         target = out + (token * heads + head) * CHANNELS + channel
-        tl.store(target, (acc / total).to(out.dtype.element_ty), mask=channel < CHANNELS)
+        whole = tl.where(total > 0, acc / total, 0.0)
+        tl.store(target, whole.to(out.dtype.element_ty), mask=channel < CHANNELS)

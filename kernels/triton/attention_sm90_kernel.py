@@ -247,7 +247,7 @@ def finish_whole(acc, top, total, sink, out, token, first, heads):
     bias = gl.load(sink + lane, mask=lane < heads, other=0.0) * 1.4426950408889634
     highest = gl.maximum(top, bias)
     share = gl.exp2(top - highest)
-    factor = share / (total * share + gl.exp2(bias - highest))
+    factor = gl.where(total > 0, share / (total * share + gl.exp2(bias - highest)), 0.0)
     value = acc * gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, layout)), 1)
     value = gl.convert_layout(value.to(out.dtype.element_ty), LINES)
     head = first + gl.arange(0, HEADS, gl.SliceLayout(1, LINES))

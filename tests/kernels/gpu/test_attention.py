@@ -124,9 +124,13 @@ def test_extreme_rows(spread: float, device: str, rows: RowLayout) -> None:
 
 @pytest.mark.parametrize("bias", [float("-inf"), -1e30, 1e4])
 def test_extreme_sinks(bias: float, device: str, rows: RowLayout) -> None:
-    e = example(2, 20, 4, rows, device=device)
+    """Of lists in one part and in two, and of one without rows: then nothing at all may have weight."""
+    e = example(3, 40, 4, rows, device=device)
+    e.lengths[0] = 20
+    e.index[2] = -1
     e.sink.fill_(bias)
     check(e)
+    check(e, split=32)
 
 
 def test_equal_rows_share_the_weight(device: str, rows: RowLayout) -> None:

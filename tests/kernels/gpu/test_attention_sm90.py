@@ -185,6 +185,8 @@ def test_extreme_sinks(bias: float) -> None:
     check(e)
     e.index[1] = -1  # then nothing at all has weight, if the bias has none
     check(some(e, 1))
+    e.index[0] = -1
+    check(some(e, 0))
 
 
 @runs_source
