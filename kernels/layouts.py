@@ -88,6 +88,12 @@ def kv_fp8(page: int, nope: int, rope: int) -> RowLayout:
     return RowLayout(page, nope, rope, group=64, align=8, pad=0)
 
 
+def is_v4(layout: RowLayout) -> bool:
+    """Whether rows are V4's 584 bytes, for which libraries and kernels of one architecture are written. Their pages
+    are whole multiples of a row's 576 bytes of data."""
+    return layout == kv_fp8(layout.page, 448, 64)
+
+
 def kv_fp8_v41(page: int, dim: int = 512) -> RowLayout:
     """V4.1's: every channel quantised, a scale per 32: 528 bytes at 512 channels."""
     return RowLayout(page, dim, 0, group=32, align=8, pad=0)

@@ -20,7 +20,7 @@ from weft.kernels.gpu.base import (
     installed,
     portable,
 )
-from weft.kernels.layouts import RowLayout, kv_fp8, kv_fp8_v41
+from weft.kernels.layouts import RowLayout, is_v4, kv_fp8, kv_fp8_v41
 from weft.kernels.reference import attention as reference
 
 # Columns that one program of the portable kernel takes. A list of at most so many is not split: its bytes are then
@@ -67,7 +67,7 @@ def sparse_attention(
     if name == "triton_sm100":
         from weft.kernels.triton.attention_sm100 import sparse_decode_sm100
 
-        return sparse_decode_sm100(q, pool, index, lengths, sink, scale).to(dtype)
+        return sparse_decode_sm100(q, pool, index, lengths, sink, scale, dtype)
     if name == "triton_sm90":
         from weft.kernels.triton.attention_sm90 import sparse_attention as launch_sm90
 
@@ -79,7 +79,7 @@ def sparse_attention(
 
 def choose(arch: Arch, libraries: frozenset[str], layout: RowLayout) -> Choice:
     """Not by the batch: no query's bits depend on it."""
-    if layout == kv_fp8(layout.page, 448, 64):
+    if is_v4(layout):
         if arch == "sm90" and "triton" in libraries:
             return Choice("sparse_attention", "triton_sm90", "Hopper's instructions, V4's rows")
         if arch == "sm100" and GLUON in libraries:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from weft.kernels.gpu.base import Paged
-from weft.kernels.layouts import kv_fp8
+from weft.kernels.layouts import is_v4
 
 
 def absence() -> str | None:
@@ -50,7 +50,7 @@ def sparse_attention(
     import flash_mla
 
     layout = pool.layout
-    assert layout == kv_fp8(layout.page, 448, 64), layout
+    assert is_v4(layout), layout
     shape = len(pool.bytes), layout.page, 1, layout.row_bytes
     cache = pool.bytes.as_strided(shape, (layout.page_bytes, layout.row_bytes, layout.row_bytes, 1))
     out: Tensor = flash_mla.flash_mla_with_kvcache(

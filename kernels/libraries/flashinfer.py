@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from weft.kernels.gpu.base import Paged
-from weft.kernels.layouts import kv_fp8
+from weft.kernels.layouts import is_v4
 
 _WORKSPACE = 128 << 20
 
@@ -45,7 +45,7 @@ def sparse_attention(q: Tensor, pool: Paged, index: Tensor, lengths: Tensor, sin
     from flashinfer.mla import trtllm_batch_decode_sparse_mla_dsv4
 
     layout = pool.layout
-    assert layout == kv_fp8(layout.page, 448, 64), layout
+    assert is_v4(layout), layout
     shape = len(pool.bytes), 1, layout.page, layout.row_bytes
     strides = layout.page_bytes, layout.page_bytes, layout.row_bytes, 1
     out: Tensor = trtllm_batch_decode_sparse_mla_dsv4(

@@ -35,17 +35,15 @@ head's sums are rescaled is the head's own decision. -1 reads row 0, the null ro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from weft.kernels.gpu.aot import AotCase
-from weft.kernels.gpu.base import Paged, check
+from weft.kernels.gpu.base import GLUON, Paged, check, installed
 from weft.kernels.gpu.interpreter import Traffic
-from weft.kernels.layouts import RowLayout, kv_fp8
+from weft.kernels.layouts import is_v4, kv_fp8
 
 LOG2E = 1.4426950408889634
 DIM = 512
@@ -75,19 +73,9 @@ EXPECT = (
 )
 
 
-@cache
 def available() -> bool:
     """Whether the installed Triton has the Gluon that the kernel is written in."""
-    try:
-        major, minor = version("triton").split(".")[:2]
-    except PackageNotFoundError:
-        return False
-    return (int(major), int(minor)) >= (3, 9)
-
-
-def supports(layout: RowLayout) -> bool:
-    """V4's rows, and pages that are whole rows of 576 bytes."""
-    return layout == kv_fp8(layout.page, 448, 64) and layout.page_bytes % DATA == 0
+    return GLUON in installed()
 
 
 def sparse_decode_sm100(
@@ -105,7 +93,7 @@ def sparse_decode_sm100(
     q: [T, H, 512]; float16 and bfloat16 are the products' type, float32 is rounded to float16 first (in float16, q
     and rows must stay below 65,504). index: [T, N], a stride of its own; sink: [H], in the denominator only.
     """
-    check(supports(pool.layout), pool.layout)
+    check(is_v4(pool.layout), pool.layout)
     from weft.kernels.triton.attention import merge
     from weft.kernels.triton.attention_sm100_kernel import attend
 

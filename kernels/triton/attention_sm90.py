@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from triton.language.extra.cuda import gdc_wait
 from weft.kernels.gpu.aot import AotCase
 from weft.kernels.gpu.base import Paged, check
 from weft.kernels.gpu.interpreter import Traffic
-from weft.kernels.layouts import RowLayout, kv_fp8
+from weft.kernels.layouts import is_v4, kv_fp8
 
 LOG2E = 1.4426950408889634
 DIM = 512
@@ -57,21 +56,6 @@ EXPECT = (
     # The 32 products of the logits without a wait between them: short of registers, the assembler serialises them.
     r"(?:HGMMA\.64x64x16(?:(?!DEPBAR|HGMMA)[\s\S])*){32}",
 )
-
-
-@cache
-def available() -> bool:
-    """Whether the installed Triton has the Gluon that the kernel is written in."""
-    try:
-        major, minor = version("triton").split(".")[:2]
-    except PackageNotFoundError:
-        return False
-    return (int(major), int(minor)) >= (3, 6)
-
-
-def supports(layout: RowLayout) -> bool:
-    """V4's rows, in pages of whole 64-byte units."""
-    return layout == kv_fp8(layout.page, 448, 64) and layout.page_bytes % 64 == 0
 
 
 @triton.jit
@@ -147,7 +131,7 @@ def sparse_attention(
     Only where and when an item runs depends on the batch, never what is computed. Prefill goes through in slabs of
     queries, which bounds the parts' memory.
     """
-    check(supports(pool.layout), pool.layout)
+    check(is_v4(pool.layout), pool.layout)
     tokens, heads, _ = q.shape
     q = q.contiguous()
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
@@ -231,8 +215,6 @@ def moved(lengths: Sequence[int], heads: int, chunk: int = 1) -> Traffic:
 
 def aot() -> tuple[AotCase, ...]:
     """The number of heads is an argument: one kernel for V4-Flash, V4-Pro and shares of them."""
-    if not available():
-        return ()
     from triton.experimental.gluon.language import NVMMASharedLayout
 
     from weft.kernels.triton.attention_sm90_kernel import sparse

@@ -16,7 +16,7 @@ from torch import Tensor
 from support.gluon_device import Device
 from weft.kernels.gpu.attention import least_bytes
 from weft.kernels.gpu.base import Pages
-from weft.kernels.layouts import kv_fp8, kv_fp8_v41
+from weft.kernels.layouts import is_v4, kv_fp8, kv_fp8_v41
 from weft.kernels.reference.attention import Example, example
 from weft.kernels.reference.attention import sparse_attention as reference
 from weft.kernels.reference.rows import gather, store
@@ -29,7 +29,6 @@ from weft.kernels.triton.attention_sm100 import (
     available,
     moved,
     sparse_decode_sm100,
-    supports,
 )
 
 if available():
@@ -108,7 +107,7 @@ def test_equals_the_reference(heads: int, dtype: torch.dtype) -> None:
 def test_rows_at_the_ends_of_pages(page: int) -> None:
     """Of magnitude 2^-9 to 2^6, so with scales down to 2^-19."""
     layout = kv_fp8(page, 448, 64)
-    assert supports(layout)
+    assert is_v4(layout)
     e = example(1, 14, 16, layout, pages=5, dtype=torch.bfloat16)
     rows = torch.arange(page, 5 * page, dtype=torch.int32)
     rows = rows[(rows % page < 2) | (rows % page >= page - 2)][-14:]
@@ -191,7 +190,7 @@ def test_no_wait_or_fence_is_too_many(without: tuple[str, str, int]) -> None:
 
 
 def test_only_its_own_rows() -> None:
-    assert not supports(kv_fp8_v41(64)) and not supports(kv_fp8(64, 48, 16))
+    assert not is_v4(kv_fp8_v41(64)) and not is_v4(kv_fp8(64, 48, 16))
 
 
 @pytest.mark.parametrize(("heads", "columns"), [(64, 640), (64, 256), (64, 1152), (64, 8320), (16, 640)])

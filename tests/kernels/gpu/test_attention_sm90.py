@@ -16,23 +16,17 @@ from torch import Tensor
 
 from support.gluon import T
 from support.gluon_hopper import Hopper, inline_asm_elementwise
-from weft.kernels.layouts import kv_fp8
+from weft.kernels.layouts import is_v4, kv_fp8
 from weft.kernels.reference.attention import Example, example
 from weft.kernels.reference.attention import sparse_attention as reference
 from weft.kernels.reference.rows import gather, store
-from weft.kernels.triton import attention_sm90
-from weft.kernels.triton.attention_sm90 import DIM, aot, available, sparse_attention, supports
-
-if available():
-    from weft.kernels.triton import attention_sm90_kernel
+from weft.kernels.triton import attention_sm90, attention_sm90_kernel
+from weft.kernels.triton.attention_sm90 import DIM, aot, sparse_attention
 
 V4 = kv_fp8(64, 448, 64)
 Without = tuple[str, str, int]
-needs_gluon = pytest.mark.skipif(not available(), reason="the kernel is written in the Gluon of Triton 3.6")
 # The merge of items is interpreted, so on the CPU.
-runs_source = pytest.mark.skipif(
-    not available() or torch.cuda.is_available(), reason="needs Triton 3.6 and no GPU"
-)
+runs_source = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel itself is tested where a GPU is")
 
 
 class Emulated:
@@ -154,7 +148,7 @@ def test_full_width() -> None:
 def test_rows_at_the_ends_of_pages(page: int) -> None:
     """Of magnitude 2^-9 to 2^6, so with scales down to 2^-19."""
     layout = kv_fp8(page, 448, 64)
-    assert supports(layout)
+    assert is_v4(layout)
     e = example(1, 14, 16, layout, pages=9)
     rows = torch.arange(page, 9 * page, dtype=torch.int32)
     rows = rows[(rows % page < 2) | (rows % page >= page - 2)][-14:]
@@ -292,7 +286,6 @@ def test_only_known_assembly_has_a_meaning() -> None:
         inline_asm_elementwise(text.replace("rn", "rz"), "=r,r", word, torch.int32, True, 1)
 
 
-@needs_gluon
 def test_views_of_the_rows_alias() -> None:
     """What is stored as words of 32 bits is read as pairs of float16."""
     from triton.experimental.gluon.language import NVMMASharedLayout
