@@ -89,8 +89,8 @@ def kv_fp8(page: int, nope: int, rope: int) -> RowLayout:
 
 
 def is_v4(layout: RowLayout) -> bool:
-    """Whether rows are V4's 584 bytes, for which libraries and kernels of one architecture are written. Their pages
-    are whole multiples of a row's 576 bytes of data."""
+    """Whether rows are V4's 584 bytes, for which libraries and kernels of one architecture are written. Their
+    pages are whole multiples of a row's 576 bytes of data."""
     return layout == kv_fp8(layout.page, 448, 64)
 
 

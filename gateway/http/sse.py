@@ -41,9 +41,6 @@ class EventStream:
     async def send(self, data: Any, event: str | None = None, id: str | None = None) -> None:
         """data: a struct, or bytes that are JSON."""
         raw = data if isinstance(data, bytes) else _encoder.encode(data)
-        if id is None and event is None:
-            await self.write(b"data: %b\n\n" % raw)
-            return
         head = (f"id: {id}\n" if id is not None else "") + (f"event: {event}\n" if event is not None else "")
         await self.write(head.encode() + b"data: " + raw + b"\n\n")
 
