@@ -11,6 +11,8 @@ and float32 and bfloat16 hold it without rounding.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,6 +27,34 @@ _E8M0_BIAS = 127
 # Dequantising goes by a few rows at a time, so that temporaries stay in the cache: several times as fast
 # as whole matrices, and a matrix needs no memory beyond its result.
 _FP4_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A matrix of `shape` [O, I] as the files hold it: codes e4m3 [O, I], or int8 [O, ceil(I/2)] with two e2m1 in
+    a byte; and its scales."""
+
+    codes: Tensor
+    scale: Tensor
+    shape: tuple[int, int]
+
+    @property
+    def is_fp4(self) -> bool:
+        return self.codes.dtype == torch.int8
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """[O, I] float32 or bfloat16, which hold every value exactly."""
+        if self.is_fp4:
+            return dequantise_fp4(self.codes, self.scale, self.shape[1], dtype)
+        return dequantise_fp8(self.codes, self.scale, dtype)
+
+
+def as_e8m0(scale: Tensor) -> Tensor | None:
+    """Scales in E8M0 (float32 ones of Hugging Face's files too), or None if one is no power of two."""
+    if scale.dtype == torch.float8_e8m0fnu:
+        return scale
+    out = scale.to(torch.float32).to(torch.float8_e8m0fnu)
+    return out if torch.equal(out.to(torch.float32), scale.to(torch.float32)) else None
 
 
 def dequantise_fp8(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,10 +19,11 @@ from torch import Tensor
 from weft.runtime.checkpoint.headers import read_headers
 from weft.runtime.checkpoint.layout import Weight
 from weft.runtime.checkpoint.plan import Item, Layout, Plan, make_plan
-from weft.runtime.checkpoint.quant import dequantise_fp4, dequantise_fp8
+from weft.runtime.checkpoint.quant import Quantised, as_e8m0
 from weft.runtime.config import ModelConfig
 from weft.runtime.errors import CheckpointError
 
+T = TypeVar("T")
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in total, name of the file just read
 
 _FILES_OPEN = 4  # by tensors on demand: merged experts and scales may alternate between files
@@ -76,7 +77,7 @@ class Checkpoint:
             scales = self._read_foreign_scales(file, items)
             with _open(self.path / file) as shard:
                 for item in items:
-                    yield item.weight.name, _read(shard, item, scales, dtype)
+                    yield item.weight.name, _read(shard, scales, item, dtype)
                     done += item.nbytes
             if progress is not None:
                 progress(done, self.nbytes, file)
@@ -85,6 +86,11 @@ class Checkpoint:
         """What `load` yields, each tensor read when it is asked for, and not kept."""
         assert dtype in (torch.float32, torch.bfloat16), dtype
         return _OnDemand(self, dtype)
+
+    def stored(self, progress: Progress | None = None) -> Mapping[str, Tensor | Quantised]:
+        """Every weight as the files hold it, read when it is asked for, and not kept: `Quantised` with E8M0
+        scales, or a plain tensor of whatever dtype. Scales that E8M0 does not hold give float32 values."""
+        return _Stored(self, progress)
 
     def _read_foreign_scales(self, file: str, items: list[Item]) -> dict[str, Tensor]:
         """Scales that live in another file than their matrix, by official weight name."""
@@ -101,29 +107,27 @@ class Checkpoint:
         return scales
 
 
-class _OnDemand(Mapping[str, Tensor]):
+class _Lazy(Mapping[str, T]):
     """Keeps the files used last open: opening one takes longer than reading a small matrix."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    def __init__(self, checkpoint: Checkpoint) -> None:
         self._path = checkpoint.path
-        self._dtype = dtype
         self._items = {item.weight.name: item for item in checkpoint.items}
         self._shards: dict[str, Any] = {}  # file -> open shard, the one used last at the end
-
-    def __getitem__(self, name: str) -> Tensor:
-        item = self._items[name]
-        file, scales = item.stored.file, {}
-        if item.scale is not None and item.scale.file != file:
-            with _naming(self._path / item.scale.file):
-                scales[name] = self._shard(item.scale.file).get_tensor(item.scale.spec.name)
-        with _naming(self._path / file):
-            return _read(self._shard(file), item, scales, self._dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._items)
 
     def __len__(self) -> int:
         return len(self._items)
+
+    def _open(self, item: Item) -> tuple[Any, dict[str, Tensor]]:
+        """The shard of an item, and its scales if they are in another."""
+        file, scales = item.stored.file, {}
+        if item.scale is not None and item.scale.file != file:
+            with _naming(self._path / item.scale.file):
+                scales[item.weight.name] = self._shard(item.scale.file).get_tensor(item.scale.spec.name)
+        return self._shard(file), scales
 
     def _shard(self, file: str) -> Any:
         shard = self._shards.pop(file, None)
@@ -133,6 +137,33 @@ class _OnDemand(Mapping[str, Tensor]):
             shard = safe_open(self._path / file, framework="pt")
         self._shards[file] = shard
         return shard
+
+
+class _OnDemand(_Lazy[Tensor]):
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        super().__init__(checkpoint)
+        self._dtype = dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        item = self._items[name]
+        with _naming(self._path / item.stored.file):
+            return _read(*self._open(item), item, self._dtype)
+
+
+class _Stored(_Lazy[Tensor | Quantised]):
+    def __init__(self, checkpoint: Checkpoint, progress: Progress | None) -> None:
+        super().__init__(checkpoint)
+        self._progress = progress
+        self._done, self._total = 0, checkpoint.nbytes
+
+    def __getitem__(self, name: str) -> Tensor | Quantised:
+        item = self._items[name]
+        with _naming(self._path / item.stored.file):
+            out = _read_stored(*self._open(item), item)
+        self._done += item.nbytes
+        if self._progress is not None:
+            self._progress(min(self._done, self._total), self._total, item.stored.file)
+        return out
 
 
 def load_weights(
@@ -167,21 +198,37 @@ def _naming(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _read(shard: Any, item: Item, scales: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+def _read(shard: Any, scales: dict[str, Tensor], item: Item, dtype: torch.dtype) -> Tensor:
     target = runtime_dtype(item.weight, dtype)
-    name = item.stored.spec.name
-    if item.part is not None:
-        expert, rows = item.part
-        return _copy(shard.get_slice(name)[expert, rows], target)
-    values = shard.get_tensor(name)
     if item.scale is None:
-        return _copy(values, target)
+        return _copy(_plain(shard, item), target)
+    return _quantised(shard, scales, item).dequantised(target)
+
+
+def _read_stored(shard: Any, scales: dict[str, Tensor], item: Item) -> Tensor | Quantised:
+    if item.scale is None:
+        return _plain(shard, item).clone()
+    found = _quantised(shard, scales, item)
+    scale = as_e8m0(found.scale)
+    if scale is None:
+        return found.dequantised(torch.float32)
+    return Quantised(found.codes.clone(), scale.clone(), found.shape)
+
+
+def _plain(shard: Any, item: Item) -> Tensor:
+    """A view of the mapped file."""
+    name = item.stored.spec.name
+    found: Tensor = shard.get_tensor(name) if item.part is None else shard.get_slice(name)[item.part]
+    return found
+
+
+def _quantised(shard: Any, scales: dict[str, Tensor], item: Item) -> Quantised:
+    assert item.scale is not None
     scale = scales.get(item.weight.name)
     if scale is None:
         scale = shard.get_tensor(item.scale.spec.name)
-    if values.dtype == torch.int8:
-        return dequantise_fp4(values, scale, item.weight.shape[1], target)
-    return dequantise_fp8(values, scale, target)
+    rows, columns = item.weight.shape
+    return Quantised(shard.get_tensor(item.stored.spec.name), scale, (rows, columns))
 
 
 def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -21,6 +21,7 @@ from weft.runtime.checkpoint.dummy import dummy_weights, write_dummy_checkpoint
 from weft.runtime.checkpoint.headers import INDEX_NAME, read_headers
 from weft.runtime.checkpoint.hf_names import hf_name, official_name, to_hf_state_dict
 from weft.runtime.checkpoint.layout import tensor_specs
+from weft.runtime.checkpoint.quant import Quantised
 from weft.runtime.checkpoint.reader import Checkpoint, load_weights
 from weft.runtime.checkpoint.writer import write_official
 from weft.runtime.config import ModelConfig
@@ -225,6 +226,36 @@ def test_on_demand(folder: Path, scatter: Callable[..., None], dtype: torch.dtyp
     scatter(folder, 6)
     checkpoint = Checkpoint.open(folder)
     assert same(dict(checkpoint.on_demand(dtype)), dict(checkpoint.load(dtype)))
+
+
+def test_stored_values_are_those_that_are_loaded(folder: Path, scatter: Callable[..., None]) -> None:
+    scatter(folder, 6)
+    checkpoint = Checkpoint.open(folder)
+    told: list[tuple[int, int, str]] = []
+    found = dict(checkpoint.stored(lambda *args: told.append(args)))
+    assert told[-1][0] == told[-1][1] == checkpoint.nbytes and len(told) == len(found)
+    for name, want in checkpoint.load(torch.float32):
+        value = found[name]
+        if isinstance(value, Quantised):
+            assert value.scale.dtype == torch.float8_e8m0fnu
+            value = value.dequantised(torch.float32)
+        assert torch.equal(value.to(want.dtype), want), name
+    kinds = {value.is_fp4 for value in found.values() if isinstance(value, Quantised)}
+    assert kinds == {True, False}
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_float32_scales_are_taken_if_they_are_powers_of_two(folder: Path, factor: float) -> None:
+    tensors = stored(folder)
+    name = next(name for name, value in tensors.items() if value.dtype == torch.float8_e4m3fn)
+    scale = name.removesuffix("weight") + "scale"
+    tensors[scale] = tensors[scale].float() * factor
+    rewrite(folder, tensors)
+    value = Checkpoint.open(folder).stored()[name]
+    want = dict(Checkpoint.open(folder).load(torch.float32))[name]
+    assert isinstance(value, Quantised) == (factor == 1.0)
+    got = value.dequantised(torch.float32) if isinstance(value, Quantised) else value
+    assert torch.equal(got, want)
 
 
 class Shard:
