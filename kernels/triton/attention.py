@@ -25,7 +25,7 @@ from weft.kernels.gpu.aot import AotCase
 from weft.kernels.gpu.base import Paged
 from weft.kernels.layouts import kv_fp8, kv_fp8_v41
 from weft.kernels.triton.attention_parts import merge as merge
-from weft.kernels.triton.attention_parts import rows_tile, sizes
+from weft.kernels.triton.attention_parts import rows_tile, sizes, turns
 
 LOG2E = 1.4426950408889634
 
@@ -195,6 +195,7 @@ def sparse_attention(
     scale: float,
     dtype: torch.dtype,
     split: int,
+    cos_sin: Tensor | None = None,
     plan: Config | None = None,
 ) -> Tensor:
     """As `weft.kernels.gpu.attention.sparse_attention`, checked there; q is float16. plan: for experiments."""
@@ -230,9 +231,11 @@ def sparse_attention(
         num_warps=plan.warps,
         num_stages=plan.stages,
     )
-    if splits > 1:
+    if splits > 1 or cos_sin is not None:
         width = triton.next_power_of_2(channels)
-        merge[tokens, heads](out, part, tops, totals, lengths, sink, heads, splits, plan.split, channels, width)
+        table, rope, lanes = turns(cos_sin, lengths)
+        held = plan.split, channels, width, rope, lanes
+        merge[tokens, heads](out, part, tops, totals, lengths, sink, table, heads, splits, *held)
     return out
 
 
@@ -269,4 +272,13 @@ def aot() -> list[AotCase]:
                 aligned=(*(name for name, kind in signature.items() if kind.startswith("*")), *_MULTIPLES),
             )
         )
-    return cases
+    return [*cases, _merge_case(signature)]
+
+
+def _merge_case(attending: dict[str, str]) -> AotCase:
+    """Of 512 channels, with the rotation back; Blackwell's own kernel uses it too."""
+    names = ("out", "part", "tops", "totals", "lengths", "sink", "cos_sin", "heads", "splits")
+    signature = {name: attending.get(name, "*fp32") for name in names}
+    constants = {"SPLIT": 2048, "CHANNELS": 512, "WIDTH": 512, "ROPE": 64, "LANES": 64}
+    signature |= dict.fromkeys(constants, "constexpr")
+    return AotCase("sparse attention, merge and inverse RoPE", merge, signature, constants)

@@ -1,10 +1,16 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
-"""What both orientations of `attention` use: dequantising a tile of rows, and merging a list's splits."""
+"""What both orientations of `attention` use: dequantising a tile of rows, and merging a list's splits.
+
+The merge also rotates the output back where that is asked for (rope > 0), that of unsplit lists in place. It
+rounds to the output's type before it does, so that the bits are those of two launches.
+"""
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from weft.kernels.layouts import RowLayout
+from weft.kernels.triton.common import load_rotation, rotate_back
 
 
 def sizes(layout: RowLayout) -> tuple[int, ...]:
@@ -56,6 +62,22 @@ def rows_tile(
 
 
 @triton.jit
+def turn_in_place(
+    out, cos_sin, token, head, heads, CHANNELS: tl.constexpr, ROPE: tl.constexpr, LANES: tl.constexpr
+):
+    """Rotate the last ROPE channels of a head of `out` back. token: int64."""
+    lane = tl.arange(0, LANES)[None, :]
+    pair = tl.arange(0, LANES // 2)[None, :]
+    at = out + (token * heads + head) * CHANNELS + (CHANNELS - ROPE) + lane
+    x = tl.load(at, mask=lane < ROPE, other=0.0).to(tl.float32)
+    cos = tl.load(cos_sin + token * ROPE + pair, mask=pair < ROPE // 2, other=1.0)
+    sin = tl.load(cos_sin + token * ROPE + ROPE // 2 + pair, mask=pair < ROPE // 2, other=0.0)
+    x = rotate_back(x, cos, sin)
+    tl.debug_barrier()  # several threads may have read the same channel
+    tl.store(at, x.to(out.dtype.element_ty), mask=lane < ROPE)
+
+
+@triton.jit
 def merge(
     out,
     part,
@@ -63,13 +85,17 @@ def merge(
     totals,
     lengths,
     sink,
+    cos_sin,
     heads,
     splits,
     SPLIT: tl.constexpr,
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
+    ROPE: tl.constexpr,
+    LANES: tl.constexpr,
 ):
-    """Grid (T, H): add a query's splits, first to last. Queries with one split were written already."""
+    """Grid (T, H): add a query's splits, first to last. Queries with one split were written already. cos_sin: read
+    if ROPE > 0."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     length = tl.load(lengths + token)
@@ -91,5 +117,20 @@ def merge(
             where = part + (at + split * heads) * CHANNELS + channel
             acc += tl.load(where, mask=channel < CHANNELS, other=0.0) * share
         target = out + (token * heads + head) * CHANNELS + channel
-        whole = tl.where(total > 0, acc / total, 0.0)
-        tl.store(target, whole.to(out.dtype.element_ty), mask=channel < CHANNELS)
+        whole = tl.where(total > 0, acc / total, 0.0).to(out.dtype.element_ty)
+        if ROPE > 0:
+            one = token + tl.arange(0, 1)
+            cos, sin = load_rotation(cos_sin, one, one >= 0, CHANNELS, ROPE, WIDTH)
+            turned = rotate_back(whole.to(tl.float32)[None, :], cos, sin)
+            whole = tl.reshape(turned, [WIDTH]).to(out.dtype.element_ty)
+        tl.store(target, whole, mask=channel < CHANNELS)
+    elif ROPE > 0:
+        turn_in_place(out, cos_sin, token, head, heads, CHANNELS, ROPE, LANES)
+
+
+def turns(cos_sin: Tensor | None, lengths: Tensor) -> tuple[Tensor, int, int]:
+    """What a merge is given to rotate: cos_sin or, not read, something; ROPE and LANES."""
+    if cos_sin is None:
+        return lengths, 0, 2
+    rope = cos_sin.shape[1]
+    return cos_sin, rope, max(2, triton.next_power_of_2(rope))

@@ -87,6 +87,7 @@ def sparse_decode_sm100(
     scale: float,
     dtype: torch.dtype | None = None,
     split: int = SPLIT,
+    cos_sin: Tensor | None = None,
 ) -> Tensor:
     """As `weft.kernels.gpu.attention.sparse_attention`, checked there.
 
@@ -94,7 +95,7 @@ def sparse_decode_sm100(
     and rows must stay below 65,504). index: [T, N], a stride of its own; sink: [H], in the denominator only.
     """
     check(is_v4(pool.layout), pool.layout)
-    from weft.kernels.triton.attention import merge
+    from weft.kernels.triton.attention_parts import merge, turns
     from weft.kernels.triton.attention_sm100_kernel import attend
 
     tokens, heads, dim = q.shape
@@ -127,9 +128,11 @@ def sparse_decode_sm100(
         layout.page_bytes // DATA,
         num_warps=4,
     )
-    if several:
+    if several or cos_sin is not None:
         add: Any = merge
-        add[tokens, heads](out, part, tops, totals, lengths, sink, heads, splits, split, DIM, DIM)
+        table, rope, lanes = turns(cos_sin, lengths)
+        grid = tokens, heads
+        add[grid](out, part, tops, totals, lengths, sink, table, heads, splits, split, DIM, DIM, rope, lanes)
     return out
 
 

@@ -11,7 +11,8 @@ Registers, of 65,536: eight warps * 168 and eight * 88. Sums take 128 of the 168
 logits of the next columns: a block overlaps fetching with products, not products with the softmax.
 
 Items leave a mean in float16, a base and a total. A second kernel, started early (programmatic dependent launch),
-merges those of a list first to last, five at a time. Lists of 128 columns and less are written at once.
+merges those of a list first to last, five at a time. Lists of 128 columns and less are written at once. Where the
+output is to be rotated back, the second kernel does that too, to lists of 128 columns and less in place.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from weft.kernels.gpu.aot import AotCase
 from weft.kernels.gpu.base import Paged, check
 from weft.kernels.gpu.interpreter import Traffic
 from weft.kernels.layouts import is_v4, kv_fp8
+from weft.kernels.triton.attention_parts import turn_in_place, turns
+from weft.kernels.triton.common import rotate_back
 
 LOG2E = 1.4426950408889634
 DIM = 512
@@ -72,9 +75,30 @@ def weigh(acc, total, value, lift, sum):
     return tl.fma(value, tl.full([512], 0.0, tl.float32) + weight, acc), total + weight
 
 
+@triton.jit
+def channel_of(place):
+    """Of a place in a part's memory, see `finish_part` there; neighbours of a pair are neighbours."""
+    return place // 32 * 32 + place // 2 % 4 * 8 + place // 8 % 4 * 2 + place % 2
+
+
+@triton.jit
+def turned(value, cos_sin, token, ROPE: tl.constexpr):
+    """[512] channels in a part's order, rotated back in float32."""
+    pair = (channel_of(2 * tl.arange(0, 256)) - (512 - ROPE)) // 2
+    turns = (pair >= 0) & (pair < ROPE // 2)
+    at = cos_sin + token * ROPE + pair
+    cos = tl.load(at, mask=turns, other=1.0)[None, :]
+    sin = tl.load(at + ROPE // 2, mask=turns, other=0.0)[None, :]
+    return tl.reshape(rotate_back(value.to(tl.float32)[None, :], cos, sin), [512])
+
+
 @triton.jit(do_not_specialize=["heads", "splits"])
-def merge(out, part, tops, totals, lengths, sink, heads, splits, SPLIT: tl.constexpr):
-    """Grid (T, H): the mean of a list's parts, weighted by their totals, first to last, five at a time."""
+def merge(
+    out, part, tops, totals, lengths, sink, cos_sin, heads, splits, SPLIT: tl.constexpr, ROPE: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """Grid (T, H): the mean of a list's parts, weighted by their totals, first to last, five at a time; rounded,
+    then rotated back if ROPE > 0."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     length = tl.load(lengths + token)
@@ -103,8 +127,12 @@ def merge(out, part, tops, totals, lengths, sink, heads, splits, SPLIT: tl.const
             acc, total = weigh(acc, total, v4, t4 - base, s4)
             highest = higher
         share = tl.div_rn(1.0, tl.where(total == 0.0, 1.0, total))
-        channel = place // 32 * 32 + place // 2 % 4 * 8 + place // 8 % 4 * 2 + place % 2
-        tl.store(out + (token * heads + head) * 512 + channel, (acc * share).to(out.dtype.element_ty))
+        value = (acc * share).to(out.dtype.element_ty)
+        if ROPE > 0:
+            value = turned(value, cos_sin, token, ROPE).to(out.dtype.element_ty)
+        tl.store(out + (token * heads + head) * 512 + channel_of(place), value)
+    elif ROPE > 0:
+        turn_in_place(out, cos_sin, token, head, heads, 512, ROPE, LANES)
 
 
 @cache
@@ -125,6 +153,7 @@ def sparse_attention(
     sink: Tensor,
     scale: float,
     dtype: torch.dtype,
+    cos_sin: Tensor | None = None,
 ) -> Tensor:
     """As `weft.kernels.gpu.attention.sparse_attention`, checked there; q is float16 of 512 channels.
 
@@ -142,9 +171,9 @@ def sparse_attention(
     tops, totals = torch.empty(2, sums, dtype=torch.float32, device=q.device)
     for first in range(0, tokens, slab):
         these = slice(first, first + slab)
-        _launch(
-            q[these], pool, index[these], lengths[these], sink, scale, out[these], (part, tops, totals), splits
-        )
+        turn = None if cos_sin is None else cos_sin[these]
+        listed = pool, index[these], lengths[these]
+        _launch(q[these], *listed, sink, scale, out[these], (part, tops, totals), splits, turn)
     return out
 
 
@@ -158,6 +187,7 @@ def _launch(
     out: Tensor,
     parts: tuple[Tensor, Tensor, Tensor],
     splits: int,
+    cos_sin: Tensor | None,
 ) -> None:
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -192,10 +222,12 @@ def _launch(
         FILL_REGISTERS,
         num_warps=8,
     )
-    if splits > 1:
+    if splits > 1 or cos_sin is not None:
         add: Any = merge
-        grid = tokens, heads
-        add[grid](out, *parts, lengths, sink, heads, splits, SPLIT, num_warps=MERGE_WARPS, launch_pdl=True)
+        table, *rope = turns(cos_sin, lengths)
+        add[tokens, heads](
+            out, *parts, lengths, sink, table, heads, splits, SPLIT, *rope, num_warps=MERGE_WARPS, launch_pdl=True
+        )
 
 
 def moved(lengths: Sequence[int], heads: int, chunk: int = 1) -> Traffic:
@@ -233,8 +265,15 @@ def aot() -> tuple[AotCase, ...]:
     attend = AotCase(
         "sparse attention, sm_90", sparse, signature, constants, 8, 1, ("sm90",), expect, 160, aligned
     )
-    merging = dict(item.split(":") for item in f"{sums} lengths:*i32 sink:*fp32 heads:i32 splits:i32".split())
-    merging["SPLIT"] = "constexpr"
-    expect = {"sm90": (r"griddepcontrol\.wait", r"LDG\.E\.64")}
-    name = "sparse attention, sm_90, merge"
-    return attend, AotCase(name, merge, merging, {"SPLIT": SPLIT}, MERGE_WARPS, 1, ("sm90",), expect)
+    return attend, _merge_case("", 0), _merge_case(" and inverse RoPE", 64)
+
+
+def _merge_case(more: str, rope: int) -> AotCase:
+    tensors = "out:*bf16 part:*fp16 tops:*fp32 totals:*fp32 lengths:*i32 sink:*fp32"
+    table = "*fp32" if rope else "*i32"
+    signature = dict(item.split(":") for item in f"{tensors} cos_sin:{table} heads:i32 splits:i32".split())
+    constants = {"SPLIT": SPLIT, "ROPE": rope, "LANES": max(2, rope)}
+    signature |= dict.fromkeys(constants, "constexpr")
+    expect: dict[str, tuple[str, ...]] = {"sm90": (r"griddepcontrol\.wait", r"LDG\.E\.64")}
+    name = f"sparse attention, sm_90, merge{more}"
+    return AotCase(name, merge, signature, constants, MERGE_WARPS, 1, ("sm90",), expect)

@@ -56,6 +56,17 @@ def rotate(x, cos, sin):
 
 
 @triton.jit
+def rotate_back(x, cos, sin):
+    """The inverse of `rotate`. Which products are contracted is said, not left to each kernel's compilation: what
+    is rotated in two kernels has the same bits."""
+    even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+    cos, sin = tl.broadcast_to(cos, even.shape), tl.broadcast_to(sin, even.shape)
+    first = tl.fma(even, cos, odd * sin)
+    second = tl.fma(odd, cos, -(even * sin))
+    return tl.reshape(tl.join(first, second), x.shape)
+
+
+@triton.jit
 def hadamard(x):
     """Rows of x [R, C] times Sylvester's matrix over sqrt(C); C is 1024 at most."""
     R: tl.constexpr = x.shape[0]

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from weft.kernels.gpu.aot import AotCase
-from weft.kernels.triton.common import e4m3_bits, quantise, rotate
+from weft.kernels.triton.common import e4m3_bits, quantise, rotate_back
 
 _CHANNELS = 2048
 _WARPS = 4
@@ -41,7 +41,7 @@ def _rotated(
     pair = cos_sin + token * ROPE + (even % D - (D - ROPE)) // 2
     cos = tl.load(pair, mask=turns, other=1.0)
     sin = tl.load(pair + ROPE // 2, mask=turns, other=0.0)
-    return rotate(x, cos, -sin), at, mask
+    return rotate_back(x, cos, sin), at, mask
 
 
 @triton.jit

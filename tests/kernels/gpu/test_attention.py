@@ -3,13 +3,16 @@
 import pytest
 import torch
 
+from support.kernels import same_bits
 from weft.kernels.gpu import attention
 from weft.kernels.gpu.attention import sparse_attention
 from weft.kernels.gpu.base import GLUON
 from weft.kernels.gpu.interpreter import traffic
+from weft.kernels.gpu.output import inverse_rope
 from weft.kernels.layouts import RowLayout, kv_fp8, kv_fp8_v41
 from weft.kernels.reference.attention import Example, example
 from weft.kernels.reference.attention import sparse_attention as reference
+from weft.kernels.reference.heads import angles
 from weft.kernels.reference.rows import gather
 
 SMALL = kv_fp8(16, 48, 16)
@@ -165,14 +168,33 @@ def test_a_query_has_the_same_bits_in_any_batch(heads: int, device: str, rows: R
     assert torch.equal(run(mixed, split=64), together[order])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("heads", "rope"), [(4, 16), (64, 2), (5, 0)])
+def test_rotated_back_as_by_a_launch_of_its_own(
+    heads: int, rope: int, dtype: torch.dtype, device: str, rows: RowLayout
+) -> None:
+    """Lists in one part, in several, without rows; and calls in which no list is split."""
+    e = example(5, 300, heads, rows, device=device)
+    e.lengths[:] = torch.tensor([300, 5, 129, 128, 0])
+    turn = angles(torch.randint(0, 100_000, (5,), device=device), rope)
+    for split in (64, 512):
+        whole = inverse_rope(run(e, split=split, dtype=dtype), turn)
+        assert same_bits(run(e, split=split, dtype=dtype, rotate_back=turn), whole)
+    one = Example(e.q[1:2], e.pool, e.index[1:2, :5], e.lengths[1:2], e.sink, e.scale)
+    assert same_bits(run(one, split=64, dtype=dtype, rotate_back=turn[1:2]), whole[1:2])
+    named = run(one, dtype=dtype, implementation="reference")
+    turned = run(one, dtype=dtype, rotate_back=turn[1:2], implementation="reference")
+    assert same_bits(turned, inverse_rope(named, turn[1:2], implementation="reference"))
+
+
 def test_v4_flash(device: str) -> None:
     """64 heads, 128 window rows and 512 entries of 584 bytes; moves at most 1.3 times the least bytes."""
     e = example(1, 640, device=device, pages=12)
     check(e)
     if device == "cpu":
         with traffic() as moved:
-            run(e)
-        assert moved.total <= 1.3 * attention.least_bytes(1, 640, 64, e.pool)
+            run(e, dtype=torch.bfloat16, rotate_back=angles(e.lengths, 64))
+        assert moved.total <= 1.3 * attention.least_bytes(1, 640, 64, e.pool, rope=64)
 
 
 @pytest.mark.parametrize("heads", [16, 64, 128])

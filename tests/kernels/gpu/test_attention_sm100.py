@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from support.gluon_device import Device
+from support.kernels import same_bits
 from weft.kernels.gpu.attention import least_bytes
 from weft.kernels.gpu.base import Pages
+from weft.kernels.gpu.output import inverse_rope
 from weft.kernels.layouts import is_v4, kv_fp8, kv_fp8_v41
 from weft.kernels.reference.attention import Example, example
 from weft.kernels.reference.attention import sparse_attention as reference
+from weft.kernels.reference.heads import angles
 from weft.kernels.reference.rows import gather, store
 from weft.kernels.triton.attention_sm100 import (
     DATA,
@@ -60,10 +63,11 @@ def launch(
     seed: int = 0,
     without: tuple[str, str, int] | None = None,
     dtype: torch.dtype = torch.float32,
+    cos_sin: Tensor | None = None,
 ) -> Tensor:
     emulated = Emulated(seed, without)
     with patch.object(attention_sm100_kernel, "attend", emulated):
-        return sparse_decode_sm100(e.q, e.pool, e.index, e.lengths, e.sink, e.scale, dtype, split)
+        return sparse_decode_sm100(e.q, e.pool, e.index, e.lengths, e.sink, e.scale, dtype, split, cos_sin)
 
 
 def check(e: Example, split: int) -> None:
@@ -140,6 +144,17 @@ def test_dtypes_and_strides() -> None:
     out = launch(replace(e, q=e.q.half()), 2560, dtype=torch.bfloat16)
     assert out.dtype == torch.bfloat16
     assert torch.equal(launch(part, 2560, dtype=torch.bfloat16), out)
+
+
+@runs_source
+@pytest.mark.parametrize("split", [128, 2560])
+def test_rotated_back_as_by_a_launch_of_its_own(split: int) -> None:
+    e = example(3, 330, 16, FLASH)
+    e.lengths[1:] = torch.tensor([100, 0])
+    turn = angles(torch.randint(0, 100_000, (3,)), 64)
+    for dtype in (torch.bfloat16, torch.float32):
+        apart = inverse_rope(launch(e, split, dtype=dtype), turn)
+        assert same_bits(launch(e, split, dtype=dtype, cos_sin=turn), apart)
 
 
 @runs_source

@@ -16,9 +16,12 @@ from torch import Tensor
 
 from support.gluon import T
 from support.gluon_hopper import Hopper, inline_asm_elementwise
+from support.kernels import same_bits
+from weft.kernels.gpu.output import inverse_rope
 from weft.kernels.layouts import is_v4, kv_fp8
 from weft.kernels.reference.attention import Example, example
 from weft.kernels.reference.attention import sparse_attention as reference
+from weft.kernels.reference.heads import angles
 from weft.kernels.reference.rows import gather, store
 from weft.kernels.triton import attention_sm90, attention_sm90_kernel
 from weft.kernels.triton.attention_sm90 import DIM, aot, sparse_attention
@@ -84,9 +87,10 @@ def launch(
     seed: int = 0,
     without: Without | None = None,
     dtype: torch.dtype = torch.float32,
+    cos_sin: Tensor | None = None,
 ) -> Tensor:
     with in_place(Emulated(seed, without), blocks):
-        return sparse_attention(e.q, e.pool, e.index, e.lengths, e.sink, e.scale, dtype)
+        return sparse_attention(e.q, e.pool, e.index, e.lengths, e.sink, e.scale, dtype, cos_sin)
 
 
 def some(e: Example, *tokens: int) -> Example:
@@ -201,6 +205,20 @@ def test_dtypes_and_strides() -> None:
     assert out.dtype == torch.bfloat16 and torch.equal(out, launch(e).bfloat16())
     part = replace(e, index=torch.cat((e.index, e.index), 1)[:, :140])
     assert torch.equal(launch(part, dtype=torch.bfloat16), out)
+
+
+@runs_source
+def test_rotated_back_as_by_a_launch_of_its_own() -> None:
+    """Lists in one item, in several, without rows; and calls in which no list is split."""
+    e = example(5, 300, 4, V4)
+    e.lengths[:] = torch.tensor([300, 5, 129, 128, 0])
+    turn = angles(torch.randint(0, 100_000, (5,)), 64)
+    for dtype in (torch.bfloat16, torch.float32):
+        whole = inverse_rope(launch(e, dtype=dtype), turn)
+        assert same_bits(launch(e, dtype=dtype, cos_sin=turn), whole)
+        assert same_bits(launch(some(e, 1, 3), dtype=dtype, cos_sin=turn[[1, 3]]), whole[[1, 3]])
+    with patch.object(attention_sm90, "PART_BYTES", 1):
+        assert same_bits(launch(e, cos_sin=turn), whole)
 
 
 @runs_source
