@@ -47,11 +47,11 @@ def sparse_attention(
     q: [T, H, d] float16, bfloat16 or float32; products are taken in float16, so float16 is taken as it is. pool:
     rows of d channels, each of magnitude 57,344 at most (float16's range). index: [T, N] int32 rows of the pool,
     -1 for none; columns from lengths[t] (int32) on are not read. sink: [H] float32, in the denominator only.
-    rotate_back: [T, rope] float32, cosines and sines of each query's position: the output's last rope channels are
-    turned back by them, to the bits of `output.inverse_rope` behind this call; then `dtype` is bfloat16 or float32.
-    One or two launches. Returns [T, H, d] of `dtype`, by default q's; zeros for a query without rows. Prefill and
-    decode are the same call: a query's bits depend on q, its list and `split`. Source: DeepSeek-V4 report, sections
-    2.3 and 3.
+    rotate_back: [T, rope] float32, cosines and sines of each query's position: the output's last rope channels
+    are turned back by them, to the bits of `output.inverse_rope` behind this call; then `dtype` is bfloat16 or
+    float32. One or two launches. Returns [T, H, d] of `dtype`, by default q's; zeros for a query without rows.
+    Prefill and decode are the same call: a query's bits depend on q, its list and `split`. Source: DeepSeek-V4
+    report, sections 2.3 and 3.
     """
     check_tensor("q", q, (None, None, pool.layout.channels), torch.float16, torch.bfloat16, torch.float32)
     tokens, heads, _ = q.shape

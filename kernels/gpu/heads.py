@@ -23,7 +23,8 @@ def norm_rope_store(
 ) -> Tensor:
     """Queries normalised per head (no weight) and rotated; the KV row normalised, rotated, quantised and stored.
 
-    q: [T, H, d], kv: [T, d] of the same dtype (rows may be strided), bfloat16 or float32. kv_weight: [d] float32.
+    q: [T, H, d], kv: [T, d] of the same dtype, bfloat16 or float32, each possibly some columns of wider rows (of q,
+    a row's heads are contiguous). kv_weight: [d] float32.
     cos_sin: [T, rope] float32. rows: [T] int32 where each KV row goes, -1: nowhere; no row twice. pool: written.
     Returns [T, H, d] of `dtype`, by default q's. Source: DeepSeek-V4's published inference code: norm before RoPE,
     in float32.
@@ -34,7 +35,7 @@ def norm_rope_store(
     check_tensor("kv_weight", kv_weight, (dim,), torch.float32)
     check_tensor("cos_sin", cos_sin, (tokens, None), torch.float32)
     check_tensor("rows", rows, (tokens,), torch.int32)
-    check(q.is_contiguous() and cos_sin.is_contiguous(), "q and cos_sin are contiguous")
+    check(cos_sin.is_contiguous() and (q.shape[1] == 1 or q.stride(1) == dim), "cos_sin, heads of q: contiguous")
     check(pool.layout.channels == dim and cos_sin.shape[1] <= dim, pool.layout, dim)
     out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.device)
     if tokens == 0:

@@ -105,12 +105,14 @@ def index_query(
     *,
     codes: Codes,
     hadamard: bool,
+    factor: float = 1.0,
     implementation: str | None = None,
 ) -> IndexQuery:
     """RoPE on the last channels, a normalised Hadamard rotation if asked for, and the keys' number format.
 
-    q: [T, n, dI] bfloat16 or float32, contiguous. weights: [T, n] of the same types: head weights, already times
-    (dI * n)^-0.5. cos_sin: [T, rope] float32: cosines of the rope / 2 interleaved pairs, then sines.
+    q: [T, n, dI], weights: [T, n] of heads, both bfloat16 or float32, each possibly some columns of wider rows (of
+    q, a row's heads are contiguous). factor: multiplies the weights, in float32; (dI * n)^-0.5, if they are not
+    times that yet. cos_sin: [T, rope] float32: cosines of the rope / 2 interleaved pairs, then sines.
     e4m3: scale max(amax, 1e-4) / 448 per (token, head), folded into the weights returned. e2m1: 2^ceil(log2(amax /
     6)) per 32 channels. Source: DeepSeek-V4's published inference code, DeepGEMM's test data.
     """
@@ -118,7 +120,7 @@ def index_query(
     check_tensor("q", q, (tokens, heads, dim), *_FLOATS)
     check_tensor("weights", weights, (tokens, heads), *_FLOATS)
     check_tensor("cos_sin", cos_sin, (tokens, None), torch.float32)
-    check(q.is_contiguous() and weights.is_contiguous() and cos_sin.is_contiguous(), "contiguous")
+    check(cos_sin.is_contiguous() and (heads == 1 or q.stride(1) == dim), "cos_sin, heads of q: contiguous")
     rope = cos_sin.shape[1]
     check(rope % 2 == 0 and rope <= dim, rope, dim)
     check(dim & (dim - 1) == 0, "a power of two, for the Hadamard rotation and the groups", dim)
@@ -126,7 +128,7 @@ def index_query(
     if q.numel() == 0:
         return out
     name = implementation or choose_query(arch(q), installed()).implementation
-    _module(name).query(q, weights, cos_sin, hadamard, out)
+    _module(name).query(q, weights, cos_sin, hadamard, factor, out)
     return out
 
 
@@ -139,7 +141,8 @@ def _empty_query(q: Tensor, codes: Codes) -> IndexQuery:
     tokens, heads, dim = q.shape
     weights = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     if codes == "e4m3":
-        return IndexQuery(torch.empty_like(q, dtype=torch.float8_e4m3fn), None, weights)
+        made = torch.empty(q.shape, dtype=torch.float8_e4m3fn, device=q.device)
+        return IndexQuery(made, None, weights)
     packed = torch.empty(tokens, heads, dim // 2, dtype=torch.uint8, device=q.device)
     scales = torch.empty(tokens, heads, groups_of(dim), dtype=torch.uint8, device=q.device)
     return IndexQuery(packed, scales, weights)

@@ -37,13 +37,14 @@ def _hadamard(size: int) -> Tensor:
     return signs / math.sqrt(size)
 
 
-def query(q: Tensor, weights: Tensor, cos_sin: Tensor, hadamard: bool, out: IndexQuery) -> None:
+def query(q: Tensor, weights: Tensor, cos_sin: Tensor, hadamard: bool, factor: float, out: IndexQuery) -> None:
     """`index_query`."""
+    weights = weights.float() * factor
     x = rotated(q, cos_sin, hadamard)
     if out.scales is None:
         scale = (x.abs().amax(2).clamp_min(1e-4) / 448.0).float()
         out.codes.copy_((x / scale[..., None]).float().to(torch.float8_e4m3fn))
-        out.weights.copy_(weights.float() * scale)
+        out.weights.copy_(weights * scale)
         return
     quantise_e2m1(x, out.codes, out.scales)
     out.weights.copy_(weights)

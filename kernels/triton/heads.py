@@ -26,6 +26,7 @@ def _norm_rope_store(
     rows,
     pool,
     out,
+    q_stride,
     kv_stride,
     eps,
     H: tl.constexpr,
@@ -57,11 +58,11 @@ def _norm_rope_store(
         store_rows(x, row, pool, PAGE, CODED, PLAIN, GROUP, CODES, SCALES, SCALE_BYTES, PAGE_BYTES, LEAST)
     else:
         head = block * HEADS + tl.arange(0, HEADS)[:, None]
-        at = token * (H * D) + head * D + column
+        at = head * D + column
         mask = (head < H) & (column < D)
-        heads = tl.load(q + at, mask=mask, other=0.0).to(tl.float32)
+        heads = tl.load(q + token * q_stride + at, mask=mask, other=0.0).to(tl.float32)
         heads = rotate(heads * rms_scale(heads, eps, D), cos, sin)
-        tl.store(out + at, heads.to(out.dtype.element_ty), mask=mask)
+        tl.store(out + token * (H * D) + at, heads.to(out.dtype.element_ty), mask=mask)
 
 
 def norm_rope_store(
@@ -71,8 +72,9 @@ def norm_rope_store(
     tokens, heads, dim = q.shape
     constants = _constants(heads, dim, cos_sin.shape[1], pool.layout)
     grid = (tokens, 1 + triton.cdiv(heads, _HEADS))
+    strides = q.stride(0), kv.stride(0)
     _norm_rope_store[grid](
-        q, kv, kv_weight, cos_sin, rows, pool.bytes, out, kv.stride(0), eps, **constants, num_warps=_WARPS
+        q, kv, kv_weight, cos_sin, rows, pool.bytes, out, *strides, eps, **constants, num_warps=_WARPS
     )
 
 
@@ -91,10 +93,11 @@ def aot() -> tuple[AotCase, ...]:
         "rows": "*i32",
         "pool": "*u8",
         "out": "*bf16",
+        "q_stride": "i32",
         "kv_stride": "i32",
         "eps": "fp32",
     }
-    aligned = ("q", "kv", "weight", "cos_sin", "rows", "pool", "out", "kv_stride")
+    aligned = ("q", "kv", "weight", "cos_sin", "rows", "pool", "out", "q_stride", "kv_stride")
     cases = []
     for model, heads in (("flash", 64), ("pro", 128)):
         constants = _constants(heads, 512, 64, kv_fp8(64, 448, 64))

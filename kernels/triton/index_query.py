@@ -25,6 +25,9 @@ def query_kernel(
     weights,
     cos_sin,
     heads,
+    q_stride,
+    weights_stride,
+    factor,
     D: tl.constexpr,
     ROPE: tl.constexpr,
     HADAMARD: tl.constexpr,
@@ -40,13 +43,14 @@ def query_kernel(
     here = head < heads
     row = token * heads + head
     channel = tl.arange(0, D)
-    x = tl.load(q + row[:, None] * D + channel[None, :], mask=here[:, None], other=0.0).to(tl.float32)
+    source = q + token * q_stride + head[:, None] * D + channel[None, :]
+    x = tl.load(source, mask=here[:, None], other=0.0).to(tl.float32)
     one = token + tl.arange(0, 1)
     cos, sin = load_rotation(cos_sin, one, one >= 0, D, ROPE, D)
     x = rotate(x, cos, sin)
     if HADAMARD:
         x = hadamard(x)
-    weight = tl.load(weights + row, mask=here, other=0.0).to(tl.float32)
+    weight = tl.load(weights + token * weights_stride + head, mask=here, other=0.0).to(tl.float32) * factor
     scaled, scale = quantise(x, GROUPS, CODES, SCALES, LEAST)
     if CODES == "e2m1":
         half = tl.arange(0, D // 2)
@@ -74,14 +78,15 @@ def _config(heads: int, dim: int, rope: int, hadamard: bool, fp4: bool) -> dict[
     }
 
 
-def query(q: Tensor, weights: Tensor, cos_sin: Tensor, hadamard: bool, out: IndexQuery) -> None:
+def query(q: Tensor, weights: Tensor, cos_sin: Tensor, hadamard: bool, factor: float, out: IndexQuery) -> None:
     """`index_query`."""
     tokens, heads, dim = q.shape
     config = _config(heads, dim, cos_sin.shape[1], hadamard, out.scales is not None)
     grid = (tokens, triton.cdiv(heads, config["ROWS"]))
     codes = out.codes.view(torch.uint8)
     scales = codes if out.scales is None else out.scales
-    query_kernel[grid](codes, scales, out.weights, q, weights, cos_sin, heads, **config, num_warps=4)
+    numbers = heads, q.stride(0), weights.stride(0), factor
+    query_kernel[grid](codes, scales, out.weights, q, weights, cos_sin, *numbers, **config, num_warps=4)
 
 
 def aot() -> tuple[AotCase, ...]:
@@ -98,7 +103,12 @@ def _case(kind: str, fp4: bool) -> AotCase:
         "weights": "*fp32",
         "cos_sin": "*fp32",
         "heads": "i32",
+        "q_stride": "i32",
+        "weights_stride": "i32",
+        "factor": "fp32",
     }
+    aligned = (*(name for name, kind in signature.items() if kind.startswith("*")), "q_stride", "weights_stride")
     name = f"index_query {'fp4' if fp4 else 'fp8'} {kind}"
     expect = {} if fp4 else {arch: (r"cvt\.rn\.satfinite\.e4m3x2",) for arch in ("sm90", "sm100")}
-    return AotCase(name, query_kernel, signature | dict.fromkeys(config, "constexpr"), config, expect=expect)
+    signature |= dict.fromkeys(config, "constexpr")
+    return AotCase(name, query_kernel, signature, config, expect=expect, aligned=aligned)

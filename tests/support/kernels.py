@@ -110,7 +110,7 @@ def displaced(x: Tensor, by: int) -> Tensor:
 
 def in_wider_rows(x: Tensor, before: int, behind: int) -> Tensor:
     """The same values as a slice of columns of a wider matrix."""
-    wide = torch.zeros(x.shape[0], before + x.shape[1] + behind, dtype=x.dtype)
+    wide = torch.zeros(x.shape[0], before + x.shape[1] + behind, dtype=x.dtype, device=x.device)
     wide[:, before : before + x.shape[1]] = x
     return wide[:, before : before + x.shape[1]]
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from support.kernels import assert_within, same_bits
+from support.kernels import assert_within, in_wider_rows, same_bits
 from support.norms import normed_and_turned, stored_bound
 from weft.kernels.gpu.base import Pages
 from weft.kernels.gpu.heads import least_bytes, norm_rope_store
@@ -28,12 +28,13 @@ def arguments(
     rope: int = 16,
     dtype: Any = torch.bfloat16,
 ) -> dict[str, Any]:
-    """kv is a slice of wider rows, as the fused projection makes it."""
+    """q and kv are slices of wider rows, as fused projections make them."""
     dim = layout.channels
     wide = torch.randn(tokens, dim + 24, device=device).to(dtype)
+    wider = (torch.randn(tokens, 8 + heads * dim + 40, device=device) * 3).to(dtype)
     order = torch.randperm(3 * layout.page)[:tokens].int() + 1
     return {
-        "q": (torch.randn(tokens, heads, dim, device=device) * 3).to(dtype),
+        "q": wider[:, 8 : 8 + heads * dim].unflatten(1, (heads, dim)),
         "kv": wide[:, 24:],
         "kv_weight": torch.randn(dim, device=device),
         "cos_sin": angles(torch.randint(0, 9999, (tokens,), device=device), rope),
@@ -128,6 +129,16 @@ def test_a_row_has_the_same_bits_in_every_batch(device: str) -> None:
         assert torch.equal(gather(fresh, part["rows"]), gather(Pages(stored, fresh.layout), part["rows"]))
         given["pool"].bytes.copy_(fresh.bytes) if len(rows) == 6 else None
     assert torch.equal(given["pool"].bytes, stored)
+
+
+def test_columns_of_wider_rows_are_the_same_queries(device: str) -> None:
+    given = example(3, device, heads=6)
+    whole = norm_rope_store(**given)
+    for at in (0, 16, 3):
+        q, kv = (in_wider_rows(given[name].flatten(1), at, 48 - at) for name in ("q", "kv"))
+        fresh = Pages.empty(len(given["pool"].bytes), given["pool"].layout, device)
+        out = norm_rope_store(**{**given, "q": q.unflatten(1, (6, 512)), "kv": kv, "pool": fresh})
+        assert same_bits(out, whole) and torch.equal(fresh.bytes, given["pool"].bytes)
 
 
 def test_bytes_moved(device: str) -> None:

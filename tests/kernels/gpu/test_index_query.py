@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from support.kernels import in_wider_rows
 from weft.kernels.gpu.indexer import index_query, least_query_bytes
 from weft.kernels.gpu.interpreter import traffic
 from weft.kernels.reference.indexer import example, quantise_e2m1, query_values, rotated
@@ -81,6 +82,22 @@ def test_a_query_does_not_depend_on_its_neighbours(kind, device):
         )
         assert torch.equal(alone.codes.view(torch.uint8), whole.codes[token : token + 1].view(torch.uint8))
         assert torch.equal(alone.weights, whole.weights[token : token + 1])
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("kind", NAMES)
+def test_columns_of_wider_rows_and_a_factor_are_the_same_queries(kind, implementation, device):
+    """As one product gives the queries beside others', and another the weights beside the compressor's rows."""
+    data = example(2, 8, rows=2, heads=20, device=device)
+    how = {"codes": kind, "hadamard": True, "implementation": implementation}
+    factor = (20 * 128) ** -0.5
+    whole = index_query(data.q, data.weights * factor, data.cos_sin, **how)
+    for before in (0, 8, 5):
+        q = in_wider_rows(data.q.flatten(1), before, 64 - before).unflatten(1, (20, 128))
+        got = index_query(q, in_wider_rows(data.weights, before, 3), data.cos_sin, factor=factor, **how)
+        assert torch.equal(got.codes.view(torch.uint8), whole.codes.view(torch.uint8))
+        assert torch.equal(got.weights, whole.weights)
+        assert kind == "e4m3" or torch.equal(got.scales, whole.scales)
 
 
 def test_no_queries(device):
