@@ -16,7 +16,7 @@ from weft.runtime.model.batch import Batch
 class Network(Protocol):
     """A DeepSeek-V4 network. Stateless: all sequence state is in the pools of a batch, which `make_pools` makes.
 
-    Token ids are int64 tensors of the host, logits float32 ones; streams are on the device of the pools.
+    Token ids are int64 tensors of the host; streams, and logits in float32, are on the device of the pools.
     """
 
     @property

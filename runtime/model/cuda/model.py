@@ -112,8 +112,8 @@ class DeviceModel:
 
     @torch.inference_mode()
     def logits(self, h: Tensor) -> Tensor:
-        """[n, hc, D] backbone streams -> [n, V] float32 on the host."""
-        return self.head(self.readout(h)).cpu()
+        """[n, hc, D] backbone streams -> [n, V] float32 on the device."""
+        return self.head(self.readout(h))
 
     @torch.inference_mode()
     def forward_mtp(self, h: Tensor, next_ids: Tensor, batch: Batch) -> Tensor:
@@ -140,9 +140,9 @@ class DeviceModel:
 
     @torch.inference_mode()
     def mtp_logits(self, h: Tensor) -> Tensor:
-        """[n, hc, D] MTP streams -> [n, V] float32 on the host."""
+        """[n, hc, D] MTP streams -> [n, V] float32 on the device."""
         assert self.mtp is not None, "the config has no MTP block"
-        return self.head(self.mtp.readout(h)).cpu()
+        return self.head(self.mtp.readout(h))
 
 
 class Readout:
