@@ -23,7 +23,7 @@ def norm_rope_store(
 ) -> Tensor:
     """Queries normalised per head (no weight) and rotated; the KV row normalised, rotated, quantised and stored.
 
-    q: [T, H, d], kv: [T, d] of the same dtype, bfloat16 or float32, each possibly some columns of wider rows (of q,
+    q: [T, H, d], kv: [T, d] of the same dtype, bfloat16 or float32, each possibly columns of wider rows (of q,
     a row's heads are contiguous). kv_weight: [d] float32.
     cos_sin: [T, rope] float32. rows: [T] int32 where each KV row goes, -1: nowhere; no row twice. pool: written.
     Returns [T, H, d] of `dtype`, by default q's. Source: DeepSeek-V4's published inference code: norm before RoPE,

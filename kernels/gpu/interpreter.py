@@ -4,18 +4,19 @@ Wrong in 3.6 to 3.9, without a word (measured against torch): arithmetic and pro
 as integers; float32 -> bfloat16 truncates; float32 -> e4m3 loses the carry into the exponent and does not
 saturate; integers become bfloat16 by their bits; products in tf32 keep all of float32's bits. `install` mends
 these, and silences numpy where a GPU is silent (inf - inf and the like). `traffic` counts the bytes that loads
-and stores move.
+and stores move, `launches` the kernels, and torch's own ops among them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _TORCH = {
     "fp16": torch.float16,
@@ -40,7 +41,26 @@ class Traffic:
         return self.loaded + self.stored
 
 
+@dataclass
+class Launches:
+    """What would be a node of a CUDA graph: kernels by their names, torch's ops as "aten.add", in order."""
+
+    names: list[str] = field(default_factory=list)
+
+    @property
+    def kernels(self) -> list[str]:
+        return [name for name in self.names if not name.startswith("aten.")]
+
+    @property
+    def torch_ops(self) -> list[str]:
+        return [name for name in self.names if name.startswith("aten.")]
+
+
 _meters: list[Traffic] = []
+_counts: list[Launches] = []
+# Of torch's ops, those that allocate or look only. Views are told by their schemas.
+_SILENT = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "_unsafe_view", "set_"}
+_SILENT |= {"_reshape_alias", "lift_fresh", "is_same_size", "sym_size", "sym_stride", "record_stream"}
 
 
 @contextmanager
@@ -52,6 +72,41 @@ def traffic() -> Iterator[Traffic]:
         yield meter
     finally:
         _meters.remove(meter)
+
+
+@contextmanager
+def launches() -> Iterator[Launches]:
+    """Count the kernels launched inside, and torch's ops on tensors that are kernels on a GPU: not views, not
+    allocations, not ops on no elements. One that waits for the device shows as aten._local_scalar_dense. Ops on
+    what stays on the host count too, so keep those outside. Needs `install`."""
+    count = Launches()
+    with _TorchOps(count):
+        _counts.append(count)
+        try:
+            yield count
+        finally:
+            _counts.remove(count)
+
+
+class _TorchOps(TorchDispatchMode):
+    def __init__(self, count: Launches) -> None:
+        super().__init__()
+        self.count = count
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
+        results = out if isinstance(out, (tuple, list)) else (out,)
+        written = [x for x in (*results, *args) if isinstance(x, torch.Tensor)]
+        looks = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        nothing = bool(written) and not any(x.numel() for x in written)
+        if not (_interpreting or looks or nothing or name in _SILENT):
+            self.count.names.append(f"aten.{name}")
+        return out
+
+
+# Launches under way: what the interpreter itself does with torch is no launch.
+_interpreting: list[str] = []
 
 
 def install() -> None:
@@ -69,8 +124,14 @@ def install() -> None:
     run = ti.GridExecutor.__call__
 
     def quietly(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with np.errstate(all="ignore"):
-            return run(self, *args, **kwargs)
+        for count in _counts:
+            count.names.append(self.fn.__name__)
+        _interpreting.append(self.fn.__name__)
+        try:
+            with np.errstate(all="ignore"):
+                return run(self, *args, **kwargs)
+        finally:
+            _interpreting.pop()
 
     ti.GridExecutor.__call__ = quietly
 

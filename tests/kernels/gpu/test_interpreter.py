@@ -6,7 +6,7 @@ import torch
 triton = pytest.importorskip("triton")
 tl = triton.language
 
-from weft.kernels.gpu.interpreter import traffic  # noqa: E402
+from weft.kernels.gpu.interpreter import launches, traffic  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU here")
 
@@ -106,3 +106,27 @@ def test_traffic_counts_what_is_not_masked() -> None:
 def _masked(x, out, count, SIZE: tl.constexpr):
     at = tl.arange(0, SIZE)
     tl.store(out + at, tl.load(x + at, mask=at < count, other=0.0))
+
+
+def test_launches_are_kernels_and_torch_ops_that_run() -> None:
+    """Not views, allocations, ops on nothing, or what the interpreter does with torch itself."""
+    x, out = torch.randn(64).bfloat16(), torch.empty(64)
+    wide = torch.randn(4, 8)
+    with launches() as seen:
+        _convert[(3,)](x, out, 64)
+        top, rest = torch.empty(2, 64)
+        part = wide[:, 2:6].unflatten(1, (2, 2)).transpose(0, 1)
+        wide.view(torch.int32), wide.contiguous(), wide.float(), wide[:0].clone(), torch.zeros(0)
+        torch.add(top, 1.0, out=rest)
+        part.contiguous()
+        wide.to(torch.float64)
+        top.zero_()
+        torch.zeros(3).sum().item()
+        _masked[(1,)](out, out, 10, 64)
+    assert seen.kernels == ["_convert", "_masked"]
+    ops = ["add", "clone", "_to_copy", "zero_", "zeros", "sum", "_local_scalar_dense"]
+    assert seen.torch_ops == [f"aten.{name}" for name in ops]
+    assert seen.names[0] == "_convert" and seen.names[-1] == "_masked"
+    with launches() as seen:
+        pass
+    assert seen.names == []
