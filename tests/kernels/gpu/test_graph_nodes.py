@@ -28,21 +28,23 @@ def address(handle: Any) -> int:
     return handle.value
 
 
-class Driver:
-    """Graphs as lists of (kind, value): of a kernel its CUfunction or, negative, its CUkernel; of a child a graph."""
+# Lists of (kind, value): of a kernel its CUfunction or, negative, its CUkernel; of a child a graph.
+GRAPHS: dict[int, list[tuple[int, int]]] = {
+    1 << 40: [(0, 11), (2, 0), (4, 1 << 41), (0, -12), (13, 0)],
+    1 << 41: [(0, 11)],
+    1 << 42: [],
+}
+NAMES = {11: b"_compress_c4", 12: b"attend"}
 
-    GRAPHS: dict[int, list[tuple[int, int]]] = {
-        1 << 40: [(0, 11), (2, 0), (4, 1 << 41), (0, -12), (13, 0)],
-        1 << 41: [(0, 11)],
-        1 << 42: [],
-    }
-    NAMES = {11: b"_compress_c4", 12: b"attend"}
+
+class Driver:
+    """Its graphs and its functions' names are the two tables above."""
 
     def __init__(self) -> None:
         self.nodes: dict[int, tuple[int, int]] = {}
 
     def cuGraphGetNodes(self, graph: Any, handles: Any, count: Any) -> int:
-        found = self.GRAPHS[address(graph)]
+        found = GRAPHS[address(graph)]
         if handles is not None:
             for i, node in enumerate(found):
                 handles[i] = address(graph) + 64 * (i + 1)
@@ -64,7 +66,7 @@ class Driver:
         return 0
 
     def cuFuncGetName(self, name: Any, function: Any) -> int:
-        name._obj.value = self.NAMES[address(function)]
+        name._obj.value = NAMES[address(function)]
         return 0
 
     cuKernelGetName = cuFuncGetName
