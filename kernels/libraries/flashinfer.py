@@ -1,14 +1,23 @@
-"""FlashInfer, where it has an op: sparse attention over 584-byte rows on sm_120, top-k with page translation.
+"""FlashInfer: whether it can be used here, its sparse attention for sm_120, and its top-k with page translation.
+
+Sampling, hash routing and hyper-connections are in the `flashinfer_*` modules beside this one. Each of its modules
+of CUDA code is either prebuilt, in the package or in `flashinfer-jit-cache`, or compiled by nvcc at its first use;
+`absence` says which of this there is, and `usable` is what choices are made from.
 
 Its attention for Hopper does not know V4, and the one for sm_100 wants rows in one uniform FP8 format, which
 Weft's pools are not; so on those it is no alternative. It plans by the batch, so it is never chosen, only
-named. Not run: none of our machines had it beside a GPU. Source: signatures and docstrings of flashinfer-python
-0.7.2.
+named. Source: signatures, docstrings and kernels of flashinfer-python 0.7.2.post1.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from shutil import which
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,22 +25,84 @@ from torch import Tensor
 from weft.kernels.gpu.base import Paged
 from weft.kernels.layouts import is_v4
 
+# Its modules of CUDA code that are used here, and the function of its own that describes the build of each.
+MODULES = {
+    "sampling": ("flashinfer.jit.sampling", "gen_sampling_module"),
+    "hash_topk": ("flashinfer.jit.hash_topk", "gen_hash_topk_module"),
+    "mhc": ("flashinfer.jit.mhc", "gen_mhc_module"),
+    "topk": ("flashinfer.jit.topk", "gen_topk_module"),
+}
+_PACKAGE = "flashinfer-python"
+_LEAST = (0, 7)
 _WORKSPACE = 128 << 20
 
 
-def absence() -> str | None:
-    """Why it cannot be used here; None if it can."""
+def absence(module: str | None = None) -> str | None:
+    """Why it cannot be used here; None if it can. module: one of MODULES, which is then looked for as well."""
     try:
-        found = version("flashinfer-python")
+        found = version(_PACKAGE)
     except PackageNotFoundError:
-        return "flashinfer-python is not installed"
-    if tuple(int(part) for part in found.split(".")[:2]) < (0, 7):
-        return f"flashinfer-python {found} is older than 0.7"
-    return None if torch.cuda.is_available() else "there is no GPU"
+        return f"{_PACKAGE} is not installed"
+    if tuple(int(part) for part in found.split(".")[:2]) < _LEAST:
+        return f"{_PACKAGE} {found} is older than {'.'.join(map(str, _LEAST))}"
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"its kernels are for sm_80 and later, and this GPU is sm_{major}{minor}"
+    return _import_failure() or (None if module is None else _build_failure(module))
+
+
+def usable() -> frozenset[str]:
+    """For choices: "flashinfer.sampling" and so on, of the modules that can be used here."""
+    if absence() is not None:
+        return frozenset()
+    return frozenset(f"flashinfer.{module}" for module in MODULES if absence(module) is None)
+
+
+def require(module: str) -> None:
+    """Callers name this library only where it is; the message says what is missing."""
+    reason = absence(module)
+    assert reason is None, reason
+
+
+@cache
+def _import_failure() -> str | None:
+    """Importing it takes seconds, and needs packages that are easily left out."""
+    try:
+        import_module("flashinfer")
+    except ImportError as error:
+        return f"{_PACKAGE} cannot be imported: {error}"
+    return None
+
+
+@cache
+def _build_failure(module: str) -> str | None:
+    """Why there is neither a prebuilt object of a module nor a way to build one."""
+    source, function = MODULES[module]
+    describe: Callable[[], Any] = getattr(import_module(source), function)
+    if describe().is_aot:
+        return None
+    missing = [tool for tool in ("ninja", "c++") if which(tool) is None]
+    if not _has_nvcc():
+        missing.insert(0, "nvcc")
+    if missing:
+        return f"{_PACKAGE} has no prebuilt {module} here, and to build it there is no {' and no '.join(missing)}"
+    return None
+
+
+def _has_nvcc() -> bool:
+    """Where the library itself looks for it."""
+    toolkit = import_module("flashinfer.jit.cpp_ext")
+    try:
+        home: str = toolkit.get_cuda_path()
+    except RuntimeError:  # there is none
+        return False
+    return (Path(home) / "bin" / "nvcc").exists()
 
 
 def attention_absence() -> str | None:
-    """The same for its sparse attention."""
+    """The same for its sparse attention, which is compiled for a GPU at its first call."""
     reason = absence()
     if reason is None and torch.cuda.get_device_capability()[0] != 12:
         reason = "its attention over 584-byte rows is for sm_120"
@@ -73,8 +144,7 @@ def top_k_rows(
     column: int,
 ) -> None:
     """As `weft.kernels.gpu.topk.top_k_rows`. Its choice is in no order; it is sorted here."""
-    reason = absence()
-    assert reason is None, reason
+    require("topk")
     from flashinfer import topk
 
     entries = torch.empty(len(logits), k, dtype=torch.int32, device=logits.device)
