@@ -180,8 +180,9 @@ def _case(label: str, dtype: str, page: int) -> AotCase:
     return AotCase(name, attend, signature, constants, 4, 1, ("sm100",), {"sm100": EXPECT})
 
 
-def moved(lengths: Sequence[int], heads: int, split: int = SPLIT, itemsize: int = 2) -> Traffic:
-    """Bytes that the kernels' own loads and stores move, from their loops; every listed row counts as a row.
+def moved(lengths: Sequence[int], heads: int, split: int = SPLIT, itemsize: int = 2, rope: int = 0) -> Traffic:
+    """Bytes that the kernels' own loads and stores move, from their loops; every listed row counts as a row. rope:
+    channels of the output that are rotated back.
 
     Boxes count whole: 64 heads of queries even where there are fewer, 64 rows even in a last tile of one.
     """
@@ -196,8 +197,9 @@ def moved(lengths: Sequence[int], heads: int, split: int = SPLIT, itemsize: int 
             queries * HEADS * DIM * itemsize + tiles * KEYS * DATA + 8 * length + numbers + 4 * splits
         )
         stored += out
+        loaded += heads * rope * 4
         if splits == 1:
-            loaded += 4 * heads
+            loaded, stored = loaded + heads * (4 + rope * itemsize), stored + heads * rope * itemsize
         else:  # partial sums, base and total, written once and read once (the base twice) by the merge
             stored += splits * heads * 4 * (DIM + 2)
             loaded += splits * heads * 4 * (DIM + 3) + heads * 4 * 2

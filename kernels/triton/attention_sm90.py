@@ -230,9 +230,10 @@ def _launch(
         )
 
 
-def moved(lengths: Sequence[int], heads: int, chunk: int = 1) -> Traffic:
+def moved(lengths: Sequence[int], heads: int, chunk: int = 1, rope: int = 0) -> Traffic:
     """Bytes that the kernels' own loads and stores move, from their loops. chunk: items of a list that one block
-    takes in turn, with one fetch of its queries; queries come in boxes of 64 heads."""
+    takes in turn, with one fetch of its queries; queries come in boxes of 64 heads. rope: channels of a bfloat16
+    output that are rotated back."""
     blocks, loaded, stored = -(-heads // HEADS), 0, 0
     row = kv_fp8(64, 448, 64).row_bytes + 4
     for length in lengths:
@@ -242,6 +243,9 @@ def moved(lengths: Sequence[int], heads: int, chunk: int = 1) -> Traffic:
         if splits > 1:
             part = splits * heads * (2 * DIM + 8)
             loaded, stored = loaded + part, stored + part
+        elif rope:
+            loaded, stored = loaded + heads * rope * 2, stored + heads * rope * 2
+        loaded += heads * rope * 4
     return Traffic(loaded, stored)
 
 
