@@ -1,25 +1,54 @@
-"""The whole network over one flattened batch on a device, and its MTP block. See `weft.runtime.model.base`."""
+"""The whole network over one flattened batch on a device, and its MTP block. See `weft.runtime.model.base`.
+
+A decode or verify step is padded to one of few shapes (`shape`), for which a captured graph is replayed
+(`graphs`); on the CPU, or without graphs, the same function runs on the same buffers. Prefill and replays run as
+they are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from weft.kernels.gpu.steps import embed_streams, store_rows
 from weft.runtime.cache.capacity import IndexFormat, KvFormat, PoolSizes
 from weft.runtime.cache.device_pools import DevicePools
 from weft.runtime.config import LayerKind, ModelConfig
-from weft.runtime.errors import ConfigError
 from weft.runtime.model.batch import Batch
 from weft.runtime.model.context import Rope
 from weft.runtime.model.cuda.block import Block
+from weft.runtime.model.cuda.graphs import CudaCapture, Graphs
 from weft.runtime.model.cuda.hyper import HeadMixer, rms_norm
 from weft.runtime.model.cuda.linear import Linear
-from weft.runtime.model.cuda.step import DeviceStep
+from weft.runtime.model.cuda.shape import StepShape, padded, size_of
+from weft.runtime.model.cuda.side import Side
+from weft.runtime.model.cuda.step import DeviceStep, host_input
 from weft.runtime.model.cuda.weights import DeviceWeights
 
-_MTP_KINDS: tuple[LayerKind, ...] = ("window",)
+_MTP_KINDS: frozenset[LayerKind] = frozenset({"window"})
+# Captured steps of a pool, and of the head: a graph is some megabytes of the driver's memory.
+_MOST_STEPS = 96
+_MOST_HEADS = 16
+# Rows of logits from which on the head is not captured: its results would take more memory than its launches time.
+_HEAD_ROWS = 64
+
+
+class _Inputs(NamedTuple):
+    """Buffers of a step: `host_input` on the device, and streams [T, hc, D] if it begins with some."""
+
+    given: Tensor
+    h: Tensor | None
+
+
+class _Outputs(NamedTuple):
+    """h: [T, hc, D]; folds: as in `DeviceStep`. Rows that pad included."""
+
+    h: Tensor
+    folds: dict[int, Tensor] | None
 
 
 class DeviceModel:
@@ -32,14 +61,14 @@ class DeviceModel:
         *,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cuda",
-        deterministic: bool = False,
+        deterministic: bool = True,
+        graphs: bool = True,
     ) -> None:
         """tensors: official names to dequantised values (`weft.runtime.checkpoint`); each is asked for once.
-        device: "cpu" runs the ops' references, or Triton's interpreter, for tests. deterministic: linears that
-        give a row the same bits in every batch; there are none for GPUs yet."""
+        device: "cpu" runs the ops' references, or Triton's interpreter, for tests. deterministic: drafts are
+        accepted only if they are what would have been drawn; a row has the same bits in every batch anyway.
+        graphs: decode and verify steps are padded, and on GPUs captured and replayed."""
         self.device = torch.device(device)
-        if deterministic and self.device.type != "cpu":
-            raise ConfigError("deterministic", True, "products of cuBLAS depend on the number of rows")
         weights = DeviceWeights(tensors, dtype, self.device, deterministic)
         self.config = config
         self.dtype = dtype
@@ -53,6 +82,13 @@ class DeviceModel:
         self.readout = Readout(config, weights)
         self.head = weights.wide_linear("head.weight")
         self.mtp = MtpBlock(config, weights.under("mtp.0.")) if config.has_mtp else None
+        self._kinds = frozenset(config.layer_kinds)
+        self._side = Side(self.device)
+        self._pads = graphs
+        self._capture = CudaCapture(self.device) if graphs and self.device.type == "cuda" else None
+        # A graph reads and writes the pools that it was captured over, by address, and goes with them.
+        self._steps: WeakKeyDictionary[DevicePools, Graphs] = WeakKeyDictionary()
+        self._heads = Graphs(self._capture, _MOST_HEADS)
 
     def make_pools(self, sizes: PoolSizes, kv_format: KvFormat, index_format: IndexFormat) -> DevicePools:
         return DevicePools(
@@ -64,34 +100,37 @@ class DeviceModel:
             device=self.device,
         )
 
+    # -- the backbone -----------------------------------------------------------------------------------
+
     @torch.inference_mode()
     def forward(self, ids: Tensor, batch: Batch) -> Tensor:
         """Backbone streams of every token, before the readout.
 
         ids: [T] int64 on the host, in batch order. Returns [T, hc, D] on the device; zeros for rows of a replay
-        that are left out. Writes KV rows, entries, tails and last streams of the batch's sequences.
+        that are left out. Writes KV rows, entries, tails and last streams of the batch's sequences. The batch's
+        folds are valid until the next step.
         """
         if batch.replays:
             return self._replay(ids, batch)
-        step = self._step(batch, ids)
-        h = self._embedded(step.ids)
-        for block in self.blocks:
-            h = block(h, step.ids, step)
-        step.pools.streams[step.slots] = h[step.last]
+        h, folds = self._step("forward", ids, batch, self._kinds, self._backbone)
+        if batch.folds is not None:
+            assert folds is not None
+            batch.folds.update({layer: rows[: batch.tokens] for layer, rows in folds.items()})
         return h
 
-    def _step(self, batch: Batch, ids: Tensor) -> DeviceStep:
-        return DeviceStep(batch, ids, self.rope, set(self.config.layer_kinds))
-
-    def _embedded(self, ids: Tensor) -> Tensor:
-        """[T] -> [T, hc, D]: every stream begins as the token's embedding."""
-        return self.embed[ids][:, None].repeat(1, self.config.hc_mult, 1)
+    def _backbone(self, step: DeviceStep, _: Tensor | None) -> Tensor:
+        h = embed_streams(self.embed, step.ids, self.config.hc_mult)
+        for block in self.blocks:
+            h = block(h, step.ids, step)
+        store_rows(h, step.last, step.slots, step.pools.streams)
+        return h
 
     def _replay(self, ids: Tensor, batch: Batch) -> Tensor:
         """`forward` with fewer rows from layer to layer."""
-        out = torch.zeros(len(ids), self.config.hc_mult, self.config.hidden_size, dtype=self.dtype)
-        out = out.to(self.device)
-        h = self._embedded(ids.to(self.device))
+        out = torch.zeros(
+            len(ids), self.config.hc_mult, self.config.hidden_size, dtype=self.dtype, device=self.device
+        )
+        h = embed_streams(self.embed, ids.int().to(self.device), self.config.hc_mult)
         rows = torch.arange(batch.tokens)
         step: DeviceStep | None = None
         for layer, block in enumerate(self.blocks):
@@ -102,18 +141,16 @@ class DeviceModel:
             if step is None or len(kept) < len(rows):
                 # Rows that are not exact may be computed from anything; they are left out from here on.
                 h = h[torch.searchsorted(rows, kept).to(self.device)]
-                rows, step = kept, self._step(part, ids[kept])
+                rows, step = kept, DeviceStep.of(part, ids[kept], self.rope, self._kinds, self._side)
             h = block(h, step.ids, step)
-            batch.take_folds(step.batch, keep)
+            part.folds = step.folds
+            batch.take_folds(part, keep)
         assert step is not None
         out[rows.to(self.device)] = h
-        step.pools.streams[step.slots] = h[step.last]
+        store_rows(h, step.last, step.slots, step.pools.streams)
         return out
 
-    @torch.inference_mode()
-    def logits(self, h: Tensor) -> Tensor:
-        """[n, hc, D] backbone streams -> [n, V] float32 on the device."""
-        return self.head(self.readout(h))
+    # -- the MTP block ----------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def forward_mtp(self, h: Tensor, next_ids: Tensor, batch: Batch) -> Tensor:
@@ -123,26 +160,85 @@ class DeviceModel:
         the host, the tokens that follow them. Returns [T, hc, D], zeros for rows of a replay that are left out;
         writes the MTP layer's window rows.
         """
-        assert self.mtp is not None, "the config has no MTP block"
         if not batch.replays:
-            return self._drafted(self.mtp, h, next_ids, batch)
+            return self._step("forward_mtp", next_ids, batch, _MTP_KINDS, self._drafted, h).h
         out = torch.zeros_like(h)
         part, keep = batch.at_layer(self.config.num_hidden_layers)
         if part is not None:
             kept = torch.from_numpy(keep)
             rows = kept.to(self.device)
-            out[rows] = self._drafted(self.mtp, h[rows], next_ids[kept], part)
+            out[rows] = self._step("forward_mtp", next_ids[kept], part, _MTP_KINDS, self._drafted, h[rows]).h
         return out
 
-    def _drafted(self, mtp: MtpBlock, h: Tensor, next_ids: Tensor, batch: Batch) -> Tensor:
-        step = DeviceStep(batch, next_ids, self.rope, _MTP_KINDS)
-        return mtp(h, self.embed[step.ids], step)
+    def _drafted(self, step: DeviceStep, h: Tensor | None) -> Tensor:
+        assert self.mtp is not None, "the config has no MTP block"
+        assert h is not None
+        return self.mtp(h, embed_streams(self.embed, step.ids, 1)[:, 0], step)
+
+    # -- logits -----------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def logits(self, h: Tensor) -> Tensor:
+        """[n, hc, D] backbone streams -> [n, V] float32 on the device."""
+        return self._logits("logits", h, self.readout)
 
     @torch.inference_mode()
     def mtp_logits(self, h: Tensor) -> Tensor:
         """[n, hc, D] MTP streams -> [n, V] float32 on the device."""
         assert self.mtp is not None, "the config has no MTP block"
-        return self.head(self.mtp.readout(h))
+        return self._logits("mtp_logits", h, self.mtp.readout)
+
+    def _logits(self, name: str, h: Tensor, readout: Readout) -> Tensor:
+        def run(rows: Tensor) -> Tensor:
+            return self.head(readout(rows))
+
+        if not self._pads or not 0 < len(h) <= _HEAD_ROWS:
+            return run(h)
+        size = size_of(len(h))
+        out = self._heads.run(
+            (name, size), lambda: h.new_zeros(size, *h.shape[1:]), lambda rows: rows[: len(h)].copy_(h), run
+        )
+        return out[: len(h)].clone()
+
+    # -- steps ------------------------------------------------------------------------------------------
+
+    def _step(
+        self,
+        name: str,
+        ids: Tensor,
+        batch: Batch,
+        kinds: frozenset[LayerKind],
+        run: Callable[[DeviceStep, Tensor | None], Tensor],
+        h: Tensor | None = None,
+    ) -> _Outputs:
+        """`run` of a batch, and of streams h that it begins with; padded and replayed if it is of a shape for
+        that.
+
+        Streams that it returns are the caller's; folds are written anew by the next step of that shape."""
+        pools = batch.pools
+        assert isinstance(pools, DevicePools)
+        shape = padded(batch, kinds) if self._pads else None
+        if shape is None:
+            step = DeviceStep.of(batch, ids, self.rope, kinds, self._side)
+            return _Outputs(run(step, h), step.folds)
+        host = host_input(batch, ids, shape)
+
+        def fill(inputs: _Inputs) -> None:
+            inputs.given.copy_(host, non_blocking=True)
+            if h is not None and inputs.h is not None:
+                inputs.h[: len(h)].copy_(h)
+
+        def function(inputs: _Inputs) -> _Outputs:
+            step = DeviceStep(shape, inputs.given, pools, self.rope, self._side)
+            return _Outputs(run(step, inputs.h), step.folds)
+
+        graphs = self._steps.setdefault(pools, Graphs(self._capture, _MOST_STEPS))
+        out = graphs.run((name, shape), lambda: self._inputs(host, shape, h), fill, function)
+        return _Outputs(out.h[: batch.tokens].clone(), out.folds)
+
+    def _inputs(self, host: Tensor, shape: StepShape, h: Tensor | None) -> _Inputs:
+        streams = None if h is None else h.new_zeros(shape.tokens, *h.shape[1:])
+        return _Inputs(torch.empty_like(host, device=self.device), streams)
 
 
 class Readout:

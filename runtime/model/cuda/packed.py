@@ -1,8 +1,9 @@
-"""Many small index arrays of the host, moved to a device in one copy."""
+"""Many small index arrays in one buffer, so that a step's reach the device in one copy."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -14,19 +15,28 @@ from torch import Tensor
 _WORDS = 4
 
 
-def move(arrays: Mapping[str, NDArray[Any]], device: torch.device) -> dict[str, Tensor]:
-    """Integer arrays -> int32 tensors of the same shapes: views of one buffer, which lives as long as they do."""
-    sizes = [-(-array.size // _WORDS) * _WORDS for array in arrays.values()]
-    host = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
-    flat, places, start = host.numpy(), [], 0
-    for array, size in zip(arrays.values(), sizes, strict=True):
-        assert array.size == 0 or (abs(array) < 2**31).all(), "beyond int32"
-        flat[start : start + array.size] = array.reshape(-1)
-        flat[start + array.size : start + size] = 0
-        places.append(slice(start, start + array.size))
-        start += size
-    moved = host.to(device, non_blocking=True)
-    return {
-        name: moved[place].view(np.shape(array))
-        for (name, array), place in zip(arrays.items(), places, strict=True)
-    }
+class Packed:
+    """Where int32 arrays of given shapes lie in one buffer of `size` numbers, behind each other."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.size = 0
+        self._places: dict[str, tuple[int, int, tuple[int, ...]]] = {}
+        for name, shape in shapes.items():
+            count = prod(shape)
+            self._places[name] = self.size, self.size + count, shape
+            self.size += -(-count // _WORDS) * _WORDS
+
+    def host(self, device: torch.device) -> Tensor:
+        """A zeroed buffer of the host, from which a copy to the device is not waited for. Torch's cache of pinned
+        memory gives it to nobody else before the copy is done."""
+        return torch.empty(self.size, dtype=torch.int32, pin_memory=device.type == "cuda").zero_()
+
+    def arrays(self, buffer: Tensor) -> dict[str, NDArray[np.int32]]:
+        """The arrays of a buffer of the host, to write."""
+        return self._views(buffer.numpy())
+
+    def tensors(self, buffer: Tensor) -> dict[str, Tensor]:
+        return self._views(buffer)
+
+    def _views(self, flat: Any) -> dict[str, Any]:
+        return {name: flat[start:end].reshape(shape) for name, (start, end, shape) in self._places.items()}

@@ -1,157 +1,181 @@
-"""One step on the device: what every layer shares, from a `Batch`.
+"""One step on the device: what every layer shares.
 
-The host sends page tables and a few numbers per token and sequence, in one copy; the lists of pool rows that
-queries attend to are made of them on the device. A query's list depends on its position alone: its window's rows
-from column 0 on, oldest first, then, at column W, its compressed entries.
+The host sends a few numbers per sequence and the page tables, in one copy (`host_input`); everything else is
+made of them on the device, in one launch (`weft.kernels.gpu.steps`). So a step's shape, `StepShape`, says all
+that the host must know to run or capture it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
-from functools import cached_property
+from contextlib import AbstractContextManager
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from weft.kernels.gpu.compress import C4Plan, C128Plan
-from weft.kernels.linear import Index
+from weft.kernels.gpu.steps import EntrySpans, Listed, StepSizes, StepSpans, step_index
 from weft.runtime.cache.capacity import PageKind
 from weft.runtime.cache.device_pools import DevicePools
 from weft.runtime.config import C4, C128, LayerKind
-from weft.runtime.model.batch import Batch, Pooling
+from weft.runtime.model.batch import Batch
 from weft.runtime.model.context import Rope
-from weft.runtime.model.cuda.packed import move
+from weft.runtime.model.cuda.packed import Packed
+from weft.runtime.model.cuda.shape import StepShape, exact
+from weft.runtime.model.cuda.side import Side
 
-# From so many tokens per sequence on, their keys are gathered once for all of them.
-_PREFILL = 8
+Numbers = NDArray[np.int32]
+# What each query attends to.
+Keys = Listed
 
 
-@dataclass(frozen=True)
-class Keys:
-    """What each query attends to. index: [T, N] int32 pool rows, -1 where there is none; lengths: [T] int32, how
-    many columns count."""
+@lru_cache(maxsize=4096)
+def layout(shape: StepShape) -> Packed:
+    """What the host says of a step of this shape: numbers per sequence, padding behind the others; tokens;
+    tables."""
+    sequences = (shape.sequences,)
+    shapes: dict[str, tuple[int, ...]] = {"ids": (shape.tokens,)}
+    shapes |= dict.fromkeys(("start", "count", "offset", "slot", "last", "window_first"), sequences)
+    shapes["window_table"] = (*sequences, shape.window_pages)
+    for kind, pages in (("c4", shape.c4_pages), ("c128", shape.c128_pages)):
+        if pages:
+            shapes |= {f"{kind}_first": sequences, f"{kind}_entries": (shape.sequences + 1,)}
+            shapes[f"{kind}_table"] = (*sequences, pages)
+    if shape.gathered is not None:
+        shapes |= dict.fromkeys(("key_count", "key_start"), sequences)
+    return Packed(shapes)
 
-    index: Tensor
-    lengths: Tensor
+
+def host_input(batch: Batch, ids: Tensor, shape: StepShape) -> Tensor:
+    """The buffer of the host that says of a batch what `DeviceStep` reads. ids: [T] of the host."""
+    packed = layout(shape)
+    host = packed.host(batch.pools.device)
+    to = packed.arrays(host)
+    own, many = slice(len(batch.spans)), batch.tokens
+    to["ids"][many:] = -1
+    to["ids"][:many] = ids.numpy()
+    to["start"][own], to["count"][own], to["slot"][own] = batch.starts, batch.counts, batch.slots
+    to["offset"][:], to["last"][:] = many, -1
+    to["offset"][own], to["last"][own] = batch.offsets, batch.last
+    _window(batch, to["window_first"][own], to["window_table"][own])
+    if shape.c4_pages:
+        _entries(batch, "c4", C4, to["c4_first"][own], to["c4_entries"], to["c4_table"][own])
+    if shape.c128_pages:
+        _entries(batch, "c128", C128, to["c128_first"][own], to["c128_entries"], to["c128_table"][own])
+    if shape.gathered is not None:
+        counts = batch.ends // C4
+        to["key_count"][own], to["key_start"][own] = counts, counts.cumsum() - counts
+    return host
+
+
+def _window(batch: Batch, first: Numbers, pages: Numbers) -> None:
+    """The first page that the window of each sequence needs, and the pages from it on."""
+    page, table = batch.pools.sizes.page, batch.pools.tables["window"].numpy()
+    first[:] = (batch.starts - batch.pools.config.sliding_window + 1).clip(0) // page
+    number = np.minimum(first[:, None] + np.arange(pages.shape[1]), table.shape[1] - 1)
+    pages[:] = table[batch.slots[:, None], number] // page
+    ends = table[batch.slots, batch.starts // page], table[batch.slots, (batch.ends - 1) // page]
+    assert min(map(np.min, ends)) > 0, "rows that are not reserved, or that the window has left"
+
+
+def _entries(batch: Batch, kind: PageKind, ratio: int, first: Numbers, bounds: Numbers, pages: Numbers) -> None:
+    """The entries that a step completes, and the pages of every entry that a sequence has behind it."""
+    page, table = batch.pools.sizes.page, batch.pools.tables[kind].numpy()
+    first[:] = batch.starts.clip(batch.chains) // ratio
+    ends = (batch.ends // ratio - first).clip(0).cumsum()
+    bounds[len(ends) :] = ends[-1]
+    bounds[1 : len(ends) + 1] = ends
+    width = min(pages.shape[1], table.shape[1])
+    pages[:, :width] = table[batch.slots, :width] // page
 
 
 class DeviceStep:
-    """Index tensors of a batch on its pools' device. Expires with the batch."""
+    """Index tensors of a step on its pools' device. Expires with the batch that its input was made of."""
 
-    def __init__(self, batch: Batch, ids: Tensor, rope: Rope, kinds: Collection[LayerKind]) -> None:
-        """ids: [T] int64 on the host. rope: on the device. kinds: of the layers that will run."""
-        assert isinstance(batch.pools, DevicePools)
-        self.batch = batch
-        self.pools = batch.pools
-        self._rope = rope
-        self.window = batch.pools.config.sliding_window
-        self.tokens, self.sequences = batch.tokens, len(batch.spans)
-        self.prefill = self.tokens >= _PREFILL * self.sequences
-        first, window_table = _window_table(batch)
-        arrays = {
-            "ids": ids.numpy(),
-            "position": batch.positions,
-            "sequence": batch.sequence,
-            "window_rows": batch.window_rows.numpy(),
-            "window_first": first,
-            "window_table": window_table,
-            "start": batch.starts,
-            "count": batch.counts,
-            "offset": batch.offsets,
-            "slot": batch.slots,
-            "last": batch.last,
-        }
-        if "c4a" in kinds:
-            done, base = batch.c4_pooling, batch.pools.base["c4"]
-            arrays |= _entries("c4", done, base, self.sequences)
-            arrays |= {"c4_key_target": done.target, "c4_table": _entry_table(batch, "c4", C4)}
-            counts = batch.ends // C4
-            arrays |= {"key_count": counts, "key_start": counts.cumsum() - counts}
-        if "c128a" in kinds:
-            arrays |= _entries("c128", batch.c128_pooling, batch.pools.base["c128"], self.sequences)
-            arrays |= {"c128_table": _entry_table(batch, "c128", C128)}
-        self._of = move(arrays, batch.pools.device)
+    def __init__(
+        self,
+        shape: StepShape,
+        given: Tensor,
+        pools: DevicePools,
+        rope: Rope,
+        side: Side | None = None,
+    ) -> None:
+        """given: `host_input` of this shape, on the device. rope: on the device."""
+        self.shape = shape
+        self.pools = pools
+        self.window = pools.config.sliding_window
+        self.tokens, self.sequences = shape.tokens, shape.sequences
+        self.prefill = shape.gathered is not None
+        # By layer among the c128a layers, [T, 3, d] behind each row; None if no row may be taken back.
+        self.folds: dict[int, Tensor] | None = {} if shape.drafts else None
+        self._side = side or Side(pools.device)
+        self._of = layout(shape).tensors(given)
+        self._index = step_index(self._spans(), self._sizes(), rope.plain, rope.compressed)
         self.ids = self._of["ids"]
-        self.sequence = self._of["sequence"]
-        self.position = self._of["position"]
-        self.window_rows = self._of["window_rows"]
         self.last = self._of["last"]
         self.slots = self._of["slot"]
+        self.position, self.sequence = self._index.position, self._index.sequence
+        self.window_rows = self._index.window_rows
+        self.plain, self.compressed = self._index.plain, self._index.compressed
+        self.window_keys = self._index.window
+        self.c128_keys = self._index.c128
+        # Window, then k entries: all that are visible where there are no more than k, else what the indexer of a
+        # layer writes there, each layer anew.
+        self.c4_keys = self._index.c4
+        self.c4_visible = self._index.c4_visible
 
-    # -- rotations --------------------------------------------------------------------------------------
+    @classmethod
+    def of(
+        cls, batch: Batch, ids: Tensor, rope: Rope, kinds: Collection[LayerKind], side: Side | None = None
+    ) -> DeviceStep:
+        """Of a batch as it is. ids: [T] of the host; kinds: of the layers that will run."""
+        assert isinstance(batch.pools, DevicePools)
+        shape = exact(batch, kinds)
+        given = host_input(batch, ids, shape).to(batch.pools.device, non_blocking=True)
+        return cls(shape, given, batch.pools, rope, side)
 
-    @cached_property
-    def plain(self) -> Tensor:
-        """[T, rope] cosines, then sines."""
-        return _rotation(self.position, self._rope.plain)
+    def _spans(self) -> StepSpans:
+        of = self._of
+        kinds = [
+            EntrySpans(of[f"{kind}_first"], of[f"{kind}_entries"], of[f"{kind}_table"])
+            if f"{kind}_table" in of
+            else None
+            for kind in ("c4", "c128")
+        ]
+        return StepSpans(of["start"], of["count"], of["offset"], of["window_first"], of["window_table"], *kinds)
 
-    @cached_property
-    def compressed(self) -> Tensor:
-        return _rotation(self.position, self._rope.compressed)
+    def _sizes(self) -> StepSizes:
+        shape, pools = self.shape, self.pools
+        return StepSizes(
+            shape.tokens,
+            self.window,
+            pools.config.index_topk,
+            shape.columns,
+            shape.c4_entries,
+            shape.c128_entries,
+            pools.sizes.page,
+            pools.base["c4"],
+            pools.base["c128"],
+        )
 
-    @cached_property
-    def c4_entries(self) -> Tensor:
-        return _rotation(self._of["c4_number"] * C4, self._rope.compressed)
+    # -- a second stream --------------------------------------------------------------------------------
 
-    @cached_property
-    def c128_entries(self) -> Tensor:
-        return _rotation(self._of["c128_number"] * C128, self._rope.compressed)
+    def side(self) -> AbstractContextManager[None]:
+        """Work within runs beside what follows, until `join`; see `Side` for what must be held until then."""
+        return self._side.beside()
 
-    # -- keys -------------------------------------------------------------------------------------------
-
-    @cached_property
-    def window_keys(self) -> Keys:
-        position = self.position[:, None]
-        place = (position - (self.window - 1)).clamp(min=0) + self._columns(self.window)
-        index = self._rows("window", place.minimum(position), 0)
-        return Keys(index.masked_fill(place > position, -1), (self.position + 1).clamp(max=self.window))
-
-    @cached_property
-    def c128_keys(self) -> Keys:
-        """Window, then every visible entry at its absolute place."""
-        columns = int(self.batch.ends.max()) // C128
-        return self._with_entries("c128", (self.position + 1) // C128, columns)
-
-    @cached_property
-    def c4_keys(self) -> Keys:
-        """Window, then k entries: all that are visible where there are no more than k, else what the indexer of a
-        layer writes there, each layer anew."""
-        k = self.pools.config.index_topk
-        return self._with_entries("c4", self.c4_visible, k)
-
-    def _with_entries(self, kind: PageKind, visible: Tensor, columns: int) -> Keys:
-        own, entry = self.window_keys, self._columns(columns)
-        hidden = entry >= visible[:, None]
-        rows = self._rows(kind, entry.expand(hidden.shape).masked_fill(hidden, 0), self.pools.base[kind])
-        index = torch.cat((own.index, rows.masked_fill(hidden, -1)), 1)
-        seen = visible.clamp(max=columns)
-        return Keys(index, torch.where(seen > 0, self.window + seen, own.lengths))
-
-    def _rows(self, kind: PageKind, place: Tensor, base: int) -> Tensor:
-        """[T, N] of a sequence's rows of a kind -> rows of the pool."""
-        size, table = self.pools.sizes.page, self._of[f"{kind}_table"]
-        page = place // size
-        if kind == "window":
-            page = page - self._of["window_first"][self.sequence][:, None]
-        # Places that are masked may lie beyond the table.
-        number = table[self.sequence[:, None], page.clamp(max=table.shape[1] - 1)]
-        return base + number * size + place % size
-
-    def _columns(self, count: int) -> Tensor:
-        return torch.arange(count, dtype=torch.int32, device=self.position.device)
+    def join(self) -> None:
+        self._side.join()
 
     # -- c4a --------------------------------------------------------------------------------------------
 
-    @cached_property
-    def c4_visible(self) -> Tensor:
-        """[T] entries each token sees, itself completing one included."""
-        return (self.position + 1) // C4
-
     @property
     def most_visible(self) -> int:
-        return int(self.batch.c4_visible.max())
+        """Entries that no token of a step of this shape sees more of."""
+        return self.shape.visible
 
     @property
     def c4_table(self) -> Tensor:
@@ -159,9 +183,15 @@ class DeviceStep:
         return self._of["c4_table"]
 
     @property
+    def c4_entries(self) -> Tensor:
+        """[E, rope] rotations of the entries that the step completes."""
+        return self._index.c4_entries.turn
+
+    @property
     def gathered_keys(self) -> tuple[Tensor, Tensor, int]:
         """For `gather_keys`: how many keys each sequence has, where they begin in a buffer, and its size."""
-        return self._of["key_count"], self._of["key_start"], int((self.batch.ends // C4).sum())
+        assert self.shape.gathered is not None
+        return self._of["key_count"], self._of["key_start"], self.shape.gathered
 
     @cached_property
     def key_start(self) -> Tensor:
@@ -170,57 +200,27 @@ class DeviceStep:
 
     @cached_property
     def c4_plan(self) -> C4Plan:
+        done = self._index.c4_entries
+        return C4Plan(*self._plan("c4"), done.sequence, done.number, done.target, done.key_target)
+
+    def _plan(self, kind: PageKind) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         of = self._of
-        spans = of["start"], of["count"], of["offset"], of["slot"]
-        entries = of["c4_entries"], of["c4_sequence"], of["c4_number"], of["c4_target"]
-        return C4Plan(*spans, *entries, of["c4_key_target"])
+        return of["start"], of["count"], of["offset"], of["slot"], of[f"{kind}_entries"]
 
     # -- c128a ------------------------------------------------------------------------------------------
 
+    @property
+    def c128_entries(self) -> Tensor:
+        return self._index.c128_entries.turn
+
     @cached_property
     def c128_plan(self) -> C128Plan:
-        of = self._of
-        spans = of["start"], of["count"], of["offset"], of["slot"]
-        return C128Plan(*spans, of["c128_entries"], of["c128_sequence"], of["c128_number"], of["c128_target"])
+        done = self._index.c128_entries
+        return C128Plan(*self._plan("c128"), done.sequence, done.number, done.target)
 
     def behind(self, layer: int, width: int) -> Tensor | None:
         """[T, 3, d] for the folds behind each row of the `layer`-th c128a layer, if rows may be taken back."""
-        folds = self.batch.folds
-        if folds is None:
+        if self.folds is None:
             return None
-        folds[layer] = torch.empty(self.tokens, 3, width, device=self.position.device)
-        return folds[layer]
-
-
-def _rotation(positions: Tensor, frequencies: Tensor) -> Tensor:
-    """[T] int32, [rope / 2] -> [T, rope]."""
-    angle = positions.float()[:, None] * frequencies
-    return torch.cat((angle.cos(), angle.sin()), 1)
-
-
-def _window_table(batch: Batch) -> tuple[Index, Index]:
-    """The first page of a sequence that its window still needs, [S], and the pages from it on, [S, P]."""
-    page, table = batch.pools.sizes.page, batch.pools.tables["window"].numpy()
-    first = np.maximum(batch.starts - batch.pools.config.sliding_window + 1, 0) // page
-    width = int(((batch.ends - 1) // page - first).max()) + 1
-    number = np.minimum(first[:, None] + np.arange(width), table.shape[1] - 1)
-    return first, table[batch.slots[:, None], number] // page
-
-
-def _entry_table(batch: Batch, kind: PageKind, ratio: int) -> Index:
-    """[S, P] page numbers of every entry that a sequence has behind this step; at least one column."""
-    page, table = batch.pools.sizes.page, batch.pools.tables[kind].numpy()
-    width = max(1, -(-int(batch.ends.max()) // ratio // page))
-    pages: Index = table[batch.slots, :width] // page
-    return pages
-
-
-def _entries(kind: PageKind, done: Pooling, base: int, sequences: int) -> dict[str, Index]:
-    """The entries that a step completes, for the plans of `compress_c4` and `compress_c128`."""
-    each = np.bincount(done.sequence, minlength=sequences)
-    return {
-        f"{kind}_entries": np.concatenate((np.zeros(1, np.int64), each.cumsum())),
-        f"{kind}_sequence": done.sequence,
-        f"{kind}_number": done.entry,
-        f"{kind}_target": done.target + base,
-    }
+        self.folds[layer] = torch.empty(self.tokens, 3, width, device=self.position.device)
+        return self.folds[layer]

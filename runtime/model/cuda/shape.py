@@ -1,0 +1,109 @@
+"""How large the tensors of a step are: as large as it needs, or padded, so that one captured graph serves many.
+
+What a row becomes does not depend on any of these sizes: kernels split a row's own list, and read no further.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from weft.runtime.cache.capacity import C4_TAIL
+from weft.runtime.config import C4, C128, LayerKind
+from weft.runtime.model.batch import Batch
+
+# Sequences of a padded step. From the largest one on, a step is long enough for the host to keep ahead of it.
+SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
+# From so many tokens per sequence on, their keys are gathered once for all of them.
+_PREFILL = 8
+# Columns of lists: rows of them begin at multiples of 64 bytes.
+_COLUMNS = 16
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """tokens, sequences: of the step. window_pages, c4_pages, c128_pages: columns of page tables; 0 if no layer
+    is of that kind. visible: most c4a entries that a token sees; columns: most c128a entries. c4_entries,
+    c128_entries: that the step completes. gathered: index keys of all its sequences, if they are gathered first.
+    drafts: rows may be taken back, so folds behind each are kept.
+    """
+
+    tokens: int
+    sequences: int
+    window_pages: int
+    c4_pages: int
+    c128_pages: int
+    visible: int
+    columns: int
+    c4_entries: int
+    c128_entries: int
+    gathered: int | None
+    drafts: bool
+
+
+def exact(batch: Batch, kinds: Collection[LayerKind]) -> StepShape:
+    """What a batch needs."""
+    page, window = batch.pools.sizes.page, batch.pools.config.sliding_window
+    longest, sequences = int(batch.ends.max()), len(batch.spans)
+    first = (batch.starts - window + 1).clip(0) // page
+    prefill = "c4a" in kinds and batch.tokens >= _PREFILL * sequences
+
+    def entries(ratio: int) -> int:
+        done = batch.starts.clip(batch.chains) // ratio
+        return int((batch.ends // ratio - done).clip(0).sum())
+
+    return StepShape(
+        batch.tokens,
+        sequences,
+        window_pages=int(((batch.ends - 1) // page - first).max()) + 1,
+        **_of_context(longest, page, kinds),
+        c4_entries=entries(C4) if "c4a" in kinds else 0,
+        c128_entries=entries(C128) if "c128a" in kinds else 0,
+        gathered=int((batch.ends // C4).sum()) if prefill else None,
+        drafts=batch.folds is not None,
+    )
+
+
+def padded(batch: Batch, kinds: Collection[LayerKind]) -> StepShape | None:
+    """The least of the padded shapes that holds a batch; None if the batch is a prefill, a replay or too large."""
+    rows, sequences = int(batch.counts.max()), len(batch.spans)
+    if batch.replays or rows > C4_TAIL or sequences > SIZES[-1]:
+        return None
+    pools, config = batch.pools, batch.pools.config
+    page, held = pools.sizes.page, size_of(sequences)
+    positions = config.sliding_window - 1 + rows
+    # Up to this context a token sees all c4a entries; then it doubles, for the indexer's scores and for tables.
+    context, longest = C4 * config.index_topk, int(batch.ends.max())
+    while context < longest:
+        context *= 2
+    return StepShape(
+        rows * size_of(-(-batch.tokens // rows)),
+        held,
+        window_pages=-(-(positions - 1) // page) + 1,
+        **_of_context(context, page, kinds),
+        c4_entries=held * -(-rows // C4) if "c4a" in kinds else 0,
+        c128_entries=held if "c128a" in kinds else 0,
+        gathered=None,
+        drafts=batch.folds is not None,
+    )
+
+
+def size_of(count: int) -> int:
+    """The least of SIZES that is not below `count`."""
+    return SIZES[bisect_left(SIZES, count)]
+
+
+def _of_context(tokens: int, page: int, kinds: Collection[LayerKind]) -> dict[str, int]:
+    """What follows from the longest sequence."""
+
+    def pages(ratio: int, kind: LayerKind) -> int:
+        return max(1, -(-(tokens // ratio) // page)) if kind in kinds else 0
+
+    columns = -(-(tokens // C128) // _COLUMNS) * _COLUMNS
+    return {
+        "c4_pages": pages(C4, "c4a"),
+        "c128_pages": pages(C128, "c128a"),
+        "visible": tokens // C4 if "c4a" in kinds else 0,
+        "columns": columns if "c128a" in kinds else 0,
+    }
