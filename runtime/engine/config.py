@@ -32,13 +32,13 @@ class CoreLimits:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """device: "cpu", or "cuda" for one NVIDIA GPU, through Triton (`weft.runtime.model.cuda`).
-    dtype: of weights and streams. quant_sim: round KV as the released model does; on cuda it always is.
-    deterministic: results do not depend on batch, chunks or forks, to the bit; False trades that for speed. None:
-    where the device's linears can promise it, which is on CPUs.
-    kv_format, index_format: how rows are stored; "model" is the dtype, fp8 and fp4 are the released layouts. None:
-    "model" on CPUs, "fp8" on cuda, where "model" is not to be had.
-    pools: KV memory. threads: of a core in its own process; None leaves torch's default.
+    """device: "cpu", or "cuda" for one NVIDIA GPU, through Triton (`weft.runtime.model.cuda`). dtype: of weights
+    and streams. quant_sim: round KV as the released model does; on cuda it always is. deterministic: results do
+    not depend on batch, chunks or forks, to the bit; False trades that for speed: on CPUs in the linears,
+    everywhere in drafts, which are then accepted by rejection sampling. None: True. graphs: on cuda, decode
+    steps are captured as graphs and replayed. kv_format, index_format: how rows are stored; "model" is the
+    dtype, fp8 and fp4 are the released layouts. None: "model" on CPUs, "fp8" on cuda, where "model" is not to be
+    had. pools: KV memory. threads: of a core in its own process; None leaves torch's default.
     """
 
     device: Device = "cpu"
@@ -47,6 +47,7 @@ class EngineConfig:
     deterministic: bool | None = None
     kv_format: KvFormat | None = None
     index_format: IndexFormat | None = None
+    graphs: bool = True
     pools: PoolSizes = field(default_factory=PoolSizes)
     limits: CoreLimits = field(default_factory=CoreLimits)
     threads: int | None = None
@@ -79,13 +80,10 @@ class EngineConfig:
         for name in ("kv_format", "index_format"):
             if getattr(self, name) == "model":
                 raise ConfigError(name, "model", "on cuda rows are in the released layouts: fp8, or fp4 keys")
-        if self.deterministic:
-            reason = "on cuda a product's last bits depend on the number of rows; leave it out"
-            raise ConfigError("deterministic", True, reason)
 
     @property
     def is_deterministic(self) -> bool:
-        return self.device == "cpu" if self.deterministic is None else self.deterministic
+        return self.deterministic is not False
 
     @property
     def formats(self) -> tuple[KvFormat, IndexFormat]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -12,6 +13,7 @@ import msgspec
 import torch
 
 from weft.runtime.checkpoint.reader import Checkpoint
+from weft.runtime.config import ModelConfig
 from weft.runtime.engine import messages as m
 from weft.runtime.engine.child import check_driver
 from weft.runtime.engine.config import EngineConfig
@@ -19,6 +21,7 @@ from weft.runtime.engine.core import Core
 from weft.runtime.engine.link import MakeCore, run_core
 from weft.runtime.errors import ConfigError
 from weft.runtime.model.base import Network
+from weft.runtime.model.cuda.memory import MemoryPlan
 from weft.runtime.model.model import Model
 from weft.runtime.model.weights import Draining
 from weft.runtime.text.tokenizer import Tokenizer
@@ -34,13 +37,25 @@ def load_model(path: Path, config: EngineConfig, progress: Progress | None = Non
     checkpoint = Checkpoint.open(path)
     for notice in checkpoint.notices:
         _log.warning("%s: %s", path, notice)
+    if config.device == "cuda":
+        _plan_memory(checkpoint.config, config)
     weights = Draining(dict(checkpoint.load(dtype, progress)))
     exact = config.is_deterministic
     if config.device == "cuda":
         from weft.runtime.model.cuda.model import DeviceModel
 
-        return DeviceModel(checkpoint.config, weights, dtype=dtype, device="cuda", deterministic=exact)
+        options = {"deterministic": exact, "graphs": config.graphs}
+        return DeviceModel(checkpoint.config, weights, dtype=dtype, device="cuda", **options)
     return Model(checkpoint.config, weights, dtype=dtype, quant_sim=config.quant_sim, deterministic=exact)
+
+
+def _plan_memory(model: ModelConfig, config: EngineConfig) -> None:
+    """Print what will be on the card; raises `ConfigError` if that is more than there is."""
+    plan = MemoryPlan(config.capacity(model), config.limits.chunk, graphs=config.graphs)
+    free, _ = torch.cuda.mem_get_info()
+    for label, value in plan.report(free):
+        print(f"weft: {label:<42} {value:>12}", file=sys.stderr, flush=True)
+    plan.check(free)
 
 
 def check_device(config: EngineConfig) -> None:

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 import torch
 
+from weft.runtime.cache.capacity import PoolSizes
 from weft.runtime.config import preset
 from weft.runtime.decoding.params import SamplingParams
 from weft.runtime.engine import child, host
@@ -18,15 +19,16 @@ from weft.runtime.errors import ConfigError
 def test_what_none_stands_for() -> None:
     cpu, cuda = EngineConfig(), EngineConfig(device="cuda")
     assert cpu.formats == ("model", "model") and cpu.is_deterministic
-    assert cuda.formats == ("fp8", "fp8") and not cuda.is_deterministic
+    assert cuda.formats == ("fp8", "fp8") and cuda.is_deterministic and cuda.graphs
     assert EngineConfig(device="cuda", index_format="fp4").formats == ("fp8", "fp4")
     assert not EngineConfig(deterministic=False).is_deterministic
+    assert EngineConfig(device="cuda", deterministic=True).is_deterministic
     assert cuda.capacity(preset("tiny")).kv_format == "fp8"
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("device", "tpu"), ("kv_format", "model"), ("index_format", "model"), ("deterministic", True)],
+    [("device", "tpu"), ("kv_format", "model"), ("index_format", "model")],
 )
 def test_what_cuda_cannot_do_is_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(ConfigError) as refused:
@@ -55,6 +57,19 @@ def test_a_machine_is_asked_for_what_it_has(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(child, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="Triton is not installed"):
         host.check_device(config)
+
+
+def test_memory_is_planned_before_weights_are_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And printed, also where it does not fit."""
+    monkeypatch.setattr(host, "check_device", lambda config: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 1 << 30))
+    with pytest.raises(ConfigError) as refused:
+        host.load_model(EMBEDDED, EngineConfig(device="cuda", pools=PoolSizes(tokens=500_000_000, context=4096)))
+    assert refused.value.field == "pools.tokens"
+    printed = capsys.readouterr().err
+    assert "routed experts" in printed and "free on the card" in printed and "1.00 GiB" in printed
 
 
 @pytest.mark.gpu
