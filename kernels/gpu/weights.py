@@ -6,6 +6,7 @@ weights lie in one (projections of the same input are one product), whatever the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,7 @@ def locks(device: torch.device) -> Tensor:
 @dataclass(frozen=True)
 class Fp8Weight:
     """codes: [N, K] float8_e4m3fn, contiguous. scales: [ceil(K / 128), N] uint8, exponents plus 127 (E8M0): value
-    (n, k) is codes[n, k] * 2^(scales[k // 128, n] - 127). locks: see `locks`."""
+    (n, k) is codes[n, k] * 2^(scales[k // 128, n] - 127), but byte 0 is a scale of 0. locks: see `locks`."""
 
     codes: Tensor
     scales: Tensor
@@ -52,3 +53,19 @@ class FloatWeight:
         """The rows of several tensors, in one."""
         weight = (parts[0] if len(parts) == 1 else torch.cat(parts)).contiguous()
         return cls(weight, locks(weight.device))
+
+
+def pack_fp8(parts: Sequence[tuple[Tensor, Tensor]]) -> Fp8Weight:
+    """The rows of several released weights in one, all of the same K; values do not change.
+
+    A part: codes [N, K] float8_e4m3fn, scale [ceil(N / 128), ceil(K / 128)] float8_e8m0fnu or its bytes.
+    """
+    codes = [part.view(torch.uint8) for part, _ in parts]
+    scales = [
+        scale.view(torch.uint8).repeat_interleave(GROUP, 0)[: len(part)]
+        for part, (_, scale) in zip(codes, parts, strict=True)
+    ]
+    for part, scale in zip(codes, scales, strict=True):
+        assert scale.shape == (len(part), -(-part.shape[1] // GROUP)), (part.shape, scale.shape)
+    whole = (codes[0] if len(codes) == 1 else torch.cat(codes)).contiguous()
+    return Fp8Weight(whole.view(torch.float8_e4m3fn), torch.cat(scales).t().contiguous(), locks(whole.device))
