@@ -130,14 +130,14 @@ def test_floats(shape: Shape, x_type: torch.dtype, dtype: torch.dtype, implement
 
 
 def batches(tokens: int, device: str) -> list[Tensor]:
-    """Rows alone, in tiles of every width, and in another order."""
+    """Rows alone, in tiles of every width, and in another order; float32 has one width."""
     order = torch.randperm(tokens, device=device)
     return [order[:1], order[-1:], order[3:20], order[:40], order]
 
 
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("kind", ["fp8", torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("shape", [Shape(70, 700), Shape(40, 200, groups=2)])
+@pytest.mark.parametrize("shape", [Shape(66, 520), Shape(40, 200, groups=2)])
 def test_a_row_has_the_same_bits_in_every_batch(shape: Shape, kind: Any, norm: bool, device: str) -> None:
     given = made(shape._replace(norm=norm), 72, device, dtype=torch.float32)
     if kind == "fp8":
@@ -155,12 +155,12 @@ def test_a_row_has_the_same_bits_in_every_batch(shape: Shape, kind: Any, norm: b
 def test_splits_in_turn_have_the_bits_of_splits_side_by_side(
     kind: Any, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shape = Shape(140, 1100)
+    shape = Shape(70, 1100)
     given = made(shape, 70, device)
-    weight: Any = random_float(140, 1100, device) if kind != "fp8" else random_fp8(140, 1100, device)
+    weight: Any = random_float(70, 1100, device) if kind != "fp8" else random_fp8(70, 1100, device)
     run: Any = linear if kind != "fp8" else fp8_linear
     side_by_side = run(weight=weight, **given, dtype=torch.float32)
-    assert launches.split(140, 1100, 1) == (3, 3)
+    assert launches.split(70, 1100, 1) == (3, 3)
     monkeypatch.setattr(launches, "_FEW_TILES", 0)
     assert same_bits(run(weight=weight, **given, dtype=torch.float32), side_by_side)
 
@@ -221,7 +221,7 @@ def test_packed_weights_keep_their_values(device: str) -> None:
 
 
 def test_at_the_models_sizes(device: str) -> None:
-    given = example(3, device)
+    given = example(3, device, FLASH["wq_a|wkv"]._replace(rows=128))
     weight = given.pop("weight")
     given.pop("dtype")
     check_fp8(given, weight, torch.bfloat16)
@@ -241,10 +241,10 @@ def test_programs_are_enough_for_every_multiprocessor(name: str) -> None:
 @pytest.mark.parametrize(
     "shape",
     [
-        FLASH["wq_a|wkv"],
-        FLASH["wq_b"]._replace(rows=1024),
-        FLASH["wo_a"]._replace(rows=1024),
-        FLASH["compressor c128"],
+        FLASH["wq_a|wkv"]._replace(rows=128),
+        FLASH["wq_b"]._replace(rows=256),
+        FLASH["wo_a"]._replace(rows=128, groups=2),
+        FLASH["compressor c128"]._replace(rows=256),
     ],
 )
 def test_bytes_moved(shape: Shape, device: str) -> None:
