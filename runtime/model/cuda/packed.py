@@ -15,6 +15,10 @@ from torch import Tensor
 _WORDS = 4
 
 
+def align(count: int) -> int:
+    return -(-count // _WORDS) * _WORDS
+
+
 class Packed:
     """Where int32 arrays of given shapes lie in one buffer of `size` numbers, behind each other."""
 
@@ -24,7 +28,7 @@ class Packed:
         for name, shape in shapes.items():
             count = prod(shape)
             self._places[name] = self.size, self.size + count, shape
-            self.size += -(-count // _WORDS) * _WORDS
+            self.size += align(count)
 
     def host(self, device: torch.device) -> Tensor:
         """A zeroed buffer of the host, from which a copy to the device is not waited for. Torch's cache of pinned

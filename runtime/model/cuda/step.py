@@ -18,12 +18,13 @@ from torch import Tensor
 
 from weft.kernels.gpu.compress import C4Plan, C128Plan
 from weft.kernels.gpu.steps import EntrySpans, Listed, StepSizes, StepSpans, step_index
+from weft.kernels.linear import Index
 from weft.runtime.cache.capacity import PageKind
 from weft.runtime.cache.device_pools import DevicePools
 from weft.runtime.config import C4, C128, LayerKind
 from weft.runtime.model.batch import Batch
 from weft.runtime.model.context import Rope
-from weft.runtime.model.cuda.packed import Packed
+from weft.runtime.model.cuda.packed import Packed, align
 from weft.runtime.model.cuda.shape import StepShape, exact
 from weft.runtime.model.cuda.side import Side
 
@@ -32,14 +33,16 @@ Numbers = NDArray[np.int32]
 Keys = Listed
 
 
+# Numbers per sequence, in the order in which the host writes them.
+_NUMBERS = ("slot", "start", "count", "offset", "last", "window_first")
+
+
 @lru_cache(maxsize=4096)
 def layout(shape: StepShape) -> Packed:
-    """What the host says of a step of this shape: numbers per sequence, padding behind the others; tokens;
-    tables."""
+    """What the host says of a step of this shape: numbers per sequence, padding behind; tokens; page tables."""
     sequences = (shape.sequences,)
-    shapes: dict[str, tuple[int, ...]] = {"ids": (shape.tokens,)}
-    shapes |= dict.fromkeys(("start", "count", "offset", "slot", "last", "window_first"), sequences)
-    shapes["window_table"] = (*sequences, shape.window_pages)
+    shapes: dict[str, tuple[int, ...]] = {"numbers": (len(_NUMBERS), align(shape.sequences))}
+    shapes |= {"ids": (shape.tokens,), "window_table": (*sequences, shape.window_pages)}
     for kind, pages in (("c4", shape.c4_pages), ("c128", shape.c128_pages)):
         if pages:
             shapes |= {f"{kind}_first": sequences, f"{kind}_entries": (shape.sequences + 1,)}
@@ -54,42 +57,43 @@ def host_input(batch: Batch, ids: Tensor, shape: StepShape) -> Tensor:
     packed = layout(shape)
     host = packed.host(batch.pools.device)
     to = packed.arrays(host)
-    own, many = slice(len(batch.spans)), batch.tokens
-    to["ids"][many:] = -1
+    many, own = batch.tokens, len(batch.spans)
     to["ids"][:many] = ids.numpy()
-    to["start"][own], to["count"][own], to["slot"][own] = batch.starts, batch.counts, batch.slots
-    to["offset"][:], to["last"][:] = many, -1
-    to["offset"][own], to["last"][own] = batch.offsets, batch.last
-    _window(batch, to["window_first"][own], to["window_table"][own])
+    numbers = to["numbers"]
+    if own < shape.sequences or many < shape.tokens:
+        to["ids"][many:] = -1
+        numbers[3, own:], numbers[4, own:] = many, -1
+    first = np.maximum(batch.starts - (batch.pools.config.sliding_window - 1), 0) // batch.pools.sizes.page
+    numbers[:, :own] = batch.slots, batch.starts, batch.counts, batch.offsets, batch.last, first
+    _window(batch, first, to["window_table"][:own])
     if shape.c4_pages:
-        _entries(batch, "c4", C4, to["c4_first"][own], to["c4_entries"], to["c4_table"][own])
+        _entries(batch, "c4", C4, to["c4_first"][:own], to["c4_entries"], to["c4_table"][:own])
     if shape.c128_pages:
-        _entries(batch, "c128", C128, to["c128_first"][own], to["c128_entries"], to["c128_table"][own])
+        _entries(batch, "c128", C128, to["c128_first"][:own], to["c128_entries"], to["c128_table"][:own])
     if shape.gathered is not None:
         counts = batch.ends // C4
-        to["key_count"][own], to["key_start"][own] = counts, counts.cumsum() - counts
+        to["key_count"][:own], to["key_start"][:own] = counts, counts.cumsum() - counts
     return host
 
 
-def _window(batch: Batch, first: Numbers, pages: Numbers) -> None:
-    """The first page that the window of each sequence needs, and the pages from it on."""
-    page, table = batch.pools.sizes.page, batch.pools.tables["window"].numpy()
-    first[:] = (batch.starts - batch.pools.config.sliding_window + 1).clip(0) // page
+def _window(batch: Batch, first: Index, pages: Numbers) -> None:
+    """The pages of each sequence's window, from the first that it needs on."""
+    page, table, slots = batch.pools.sizes.page, batch.pools.tables["window"].numpy(), batch.slots
     number = np.minimum(first[:, None] + np.arange(pages.shape[1]), table.shape[1] - 1)
-    pages[:] = table[batch.slots[:, None], number] // page
-    ends = table[batch.slots, batch.starts // page], table[batch.slots, (batch.ends - 1) // page]
-    assert min(map(np.min, ends)) > 0, "rows that are not reserved, or that the window has left"
+    np.floor_divide(table[slots[:, None], number], page, out=pages, casting="unsafe")
+    ends = np.minimum(table[slots, batch.starts // page], table[slots, (batch.ends - 1) // page])
+    assert ends.min() > 0, "rows that are not reserved, or that the window has left"
 
 
 def _entries(batch: Batch, kind: PageKind, ratio: int, first: Numbers, bounds: Numbers, pages: Numbers) -> None:
     """The entries that a step completes, and the pages of every entry that a sequence has behind it."""
-    page, table = batch.pools.sizes.page, batch.pools.tables[kind].numpy()
-    first[:] = batch.starts.clip(batch.chains) // ratio
-    ends = (batch.ends // ratio - first).clip(0).cumsum()
-    bounds[len(ends) :] = ends[-1]
-    bounds[1 : len(ends) + 1] = ends
+    page, table, own = batch.pools.sizes.page, batch.pools.tables[kind].numpy(), len(first)
+    begun = np.maximum(batch.starts, batch.chains) // ratio
+    first[:] = begun
+    np.maximum(batch.ends // ratio - begun, 0).cumsum(out=bounds[1 : own + 1], dtype=np.int32)
+    bounds[own + 1 :] = bounds[own]
     width = min(pages.shape[1], table.shape[1])
-    pages[:, :width] = table[batch.slots, :width] // page
+    np.floor_divide(table[batch.slots, :width], page, out=pages[:, :width], casting="unsafe")
 
 
 class DeviceStep:
@@ -113,6 +117,7 @@ class DeviceStep:
         self.folds: dict[int, Tensor] | None = {} if shape.drafts else None
         self._side = side or Side(pools.device)
         self._of = layout(shape).tensors(given)
+        self._of |= dict(zip(_NUMBERS, self._of["numbers"][:, : shape.sequences].unbind(), strict=True))
         self._index = step_index(self._spans(), self._sizes(), rope.plain, rope.compressed)
         self.ids = self._of["ids"]
         self.last = self._of["last"]
