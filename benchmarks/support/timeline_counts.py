@@ -17,7 +17,7 @@ from weft.kernels.reference import sampling as sampling_inputs
 
 TOKENS = 4
 # Experts have these sizes here: their tiles are the same as in V4-Flash's, only fewer.
-EXPERTS = {"dim": 1024, "inner": 512, "count": 16}
+EXPERTS = {"dim": 512, "inner": 256, "count": 8, "k": 3}
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ def _others() -> dict[str, Count]:
         used = len(ids[:, :-1].unique())
         least = experts.least_bytes(TOKENS, ids.shape[1], used, given["experts"], 2)
         out[f"experts {format}"] = counted(partial(experts.run_experts, **given, implementation="triton"), least)
-    given = sampling_inputs.example(TOKENS, "cpu")
+    given = sampling_inputs.example(2, "cpu")
     width = given["scores"].logits.shape[1]
-    least = sampling.least_bytes(TOKENS, width, warm=TOKENS)
-    out["sample_rows"] = counted(partial(sampling.sample_rows, **given, implementation="triton"), least)
+    least = sampling.least_bytes(2, width, warm=2)
+    out["sample_rows"] = counted(partial(sampling.sample_rows, **given, implementation="triton"), least, 2)
     return out
