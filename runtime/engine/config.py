@@ -8,6 +8,7 @@ from typing import Literal
 from weft.runtime.cache.capacity import Capacity, IndexFormat, KvFormat, PoolSizes
 from weft.runtime.config import ModelConfig
 from weft.runtime.errors import ConfigError
+from weft.runtime.model.cuda.memory import ExpertFormat
 
 Dtype = Literal["float32", "bfloat16"]
 Device = Literal["cpu", "cuda"]
@@ -36,9 +37,11 @@ class EngineConfig:
     and streams. quant_sim: round KV as the released model does; on cuda it always is. deterministic: results do
     not depend on batch, chunks or forks, to the bit; False trades that for speed: on CPUs in the linears,
     everywhere in drafts, which are then accepted by rejection sampling. None: True. graphs: on cuda, decode
-    steps are captured as graphs and replayed. kv_format, index_format: how rows are stored; "model" is the
-    dtype, fp8 and fp4 are the released layouts. None: "model" on CPUs, "fp8" on cuda, where "model" is not to be
-    had. pools: KV memory. threads: of a core in its own process; None leaves torch's default.
+    steps are captured as graphs and replayed. experts: on cuda, how experts that are released in FP4 are held:
+    "fp8" has exactly their values and takes twice the memory; None: "fp4" where the architecture multiplies it,
+    else "fp8". kv_format, index_format: how rows are stored; "model" is the dtype, fp8 and fp4 are the released
+    layouts. None: "model" on CPUs, "fp8" on cuda, where "model" is not to be had. pools: KV memory. threads: of a
+    core in its own process; None leaves torch's default.
     """
 
     device: Device = "cpu"
@@ -48,6 +51,7 @@ class EngineConfig:
     kv_format: KvFormat | None = None
     index_format: IndexFormat | None = None
     graphs: bool = True
+    experts: ExpertFormat | None = None
     pools: PoolSizes = field(default_factory=PoolSizes)
     limits: CoreLimits = field(default_factory=CoreLimits)
     threads: int | None = None
@@ -58,6 +62,7 @@ class EngineConfig:
             "dtype": ("float32", "bfloat16"),
             "kv_format": (None, "model", "fp8"),
             "index_format": (None, "model", "fp8", "fp4"),
+            "experts": (None, "fp8", "fp4"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

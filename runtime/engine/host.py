@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from weft.kernels.gpu.base import arch_of
 from weft.runtime.checkpoint.reader import Checkpoint
 from weft.runtime.config import ModelConfig
 from weft.runtime.engine import messages as m
@@ -21,7 +22,7 @@ from weft.runtime.engine.core import Core
 from weft.runtime.engine.link import MakeCore, run_core
 from weft.runtime.errors import ConfigError
 from weft.runtime.model.base import Network
-from weft.runtime.model.cuda.memory import MemoryPlan
+from weft.runtime.model.cuda.memory import ExpertFormat, MemoryPlan
 from weft.runtime.model.model import Model
 from weft.runtime.model.weights import Draining
 from weft.runtime.text.tokenizer import Tokenizer
@@ -37,21 +38,29 @@ def load_model(path: Path, config: EngineConfig, progress: Progress | None = Non
     checkpoint = Checkpoint.open(path)
     for notice in checkpoint.notices:
         _log.warning("%s: %s", path, notice)
-    if config.device == "cuda":
-        _plan_memory(checkpoint.config, config)
-    weights = Draining(dict(checkpoint.load(dtype, progress)))
     exact = config.is_deterministic
     if config.device == "cuda":
         from weft.runtime.model.cuda.model import DeviceModel
+        from weft.runtime.model.cuda.weights import default_format
 
-        options = {"deterministic": exact, "graphs": config.graphs}
-        return DeviceModel(checkpoint.config, weights, dtype=dtype, device="cuda", **options)
+        experts = config.experts or default_format(arch_of("cuda"))
+        _plan_memory(checkpoint.config, config, experts)
+        return DeviceModel(
+            checkpoint.config,
+            checkpoint.stored(progress),
+            dtype=dtype,
+            device="cuda",
+            deterministic=exact,
+            graphs=config.graphs,
+            experts=experts,
+        )
+    weights = Draining(dict(checkpoint.load(dtype, progress)))
     return Model(checkpoint.config, weights, dtype=dtype, quant_sim=config.quant_sim, deterministic=exact)
 
 
-def _plan_memory(model: ModelConfig, config: EngineConfig) -> None:
+def _plan_memory(model: ModelConfig, config: EngineConfig, experts: ExpertFormat) -> None:
     """Print what will be on the card; raises `ConfigError` if that is more than there is."""
-    plan = MemoryPlan(config.capacity(model), config.limits.chunk, graphs=config.graphs)
+    plan = MemoryPlan(config.capacity(model), config.limits.chunk, experts, graphs=config.graphs)
     free, _ = torch.cuda.mem_get_info()
     for label, value in plan.report(free):
         print(f"weft: {label:<42} {value:>12}", file=sys.stderr, flush=True)

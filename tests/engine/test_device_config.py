@@ -64,6 +64,7 @@ def test_memory_is_planned_before_weights_are_read(
 ) -> None:
     """And printed, also where it does not fit."""
     monkeypatch.setattr(host, "check_device", lambda config: None)
+    monkeypatch.setattr(host, "arch_of", lambda kind: "sm90")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 1 << 30))
     with pytest.raises(ConfigError) as refused:
         host.load_model(EMBEDDED, EngineConfig(device="cuda", pools=PoolSizes(tokens=500_000_000, context=4096)))

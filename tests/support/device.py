@@ -106,6 +106,22 @@ def assert_same_but_for_rounding(got: Tensor, want: Tensor) -> None:
         _same_but_for_float16(difference)
 
 
+def assert_follows(got: Tensor, want: Tensor) -> None:
+    """[n, V] logits of the device and of the host, whose products are summed in other orders.
+
+    Streams differ by some 1e-6 of their size, so that of a thousand bfloat16 channels of KV rows a few are rounded
+    the other way, and a row moves by 1e-3. Where that changes what the indexer or the router chooses (4 to 8
+    entries of 40, 2 experts of 8), the rows behind it may be any. A slightly different model moves rows by 0.1.
+    """
+    difference = (got - want).abs().amax(1) / max(1.0, float(want.std()))
+    assert torch.isfinite(got).all()
+    if DEVICE == "cpu":
+        assert float(difference.median()) <= 5e-3
+        assert float(difference.quantile(0.9)) <= 0.2
+    else:
+        _same_but_for_float16(difference)
+
+
 def _same_but_for_float16(difference: Tensor) -> None:
     """A GPU takes attention's products in float16: 2^-11 off in every row. That tips one code in a hundred, and in
     tiny models (4 to 8 entries of 40, 2 experts of 8) sometimes what is chosen, after which a row may be any.

@@ -10,6 +10,7 @@ from weft.kernels.gpu.indexer import IndexQuery, gather_keys, index_logits, inde
 from weft.kernels.gpu.topk import top_k_rows
 from weft.kernels.kv_rows import PagedRows
 from weft.runtime.config import ModelConfig
+from weft.runtime.model.cuda.linear import project
 from weft.runtime.model.cuda.step import DeviceStep, Keys
 from weft.runtime.model.cuda.weights import DeviceWeights
 
@@ -25,14 +26,14 @@ class C128Compressor:
     def __init__(self, config: ModelConfig, weights: DeviceWeights, index: int) -> None:
         self.config = config
         self.index = index
-        self.project = weights.wide_linear("wkv.weight", "wgate.weight")
+        self.weight = weights.wide_linear("wkv.weight", "wgate.weight")
         self.ape = weights.wide("ape")
         self.norm = weights.wide("norm.weight")
 
     def write(self, x: Tensor, step: DeviceStep, pool: PagedRows) -> None:
         """Fold x [T, D] into the open groups and store the entries it completes."""
         compress_c128(
-            self.project(x),
+            project(x, self.weight, dtype=torch.float32),
             self.ape,
             step.pools.c128_fold[self.index],
             self.norm,
@@ -51,23 +52,25 @@ class C4Compressor:
     changes no score, and spreads outliers.
     """
 
-    def __init__(self, config: ModelConfig, weights: DeviceWeights, indexer: DeviceWeights, index: int) -> None:
+    def __init__(self, config: ModelConfig, weights: DeviceWeights, index: int) -> None:
+        """weights: of the attention sublayer."""
         self.config = config
         self.index = index
-        own = indexer.under("compressor.")
-        parts = [source.wide(name) for name in ("wkv.weight", "wgate.weight") for source in (weights, own)]
-        self.project = weights.packed(*parts)
-        self.ape = torch.cat((weights.wide("ape"), own.wide("ape")), 1)
-        self.norm = weights.wide("norm.weight")
-        self.key_norm = own.wide("norm.weight")
-        self.wq_b = indexer.linear("wq_b.weight")
-        self.weights_proj = indexer.linear("weights_proj.weight")
+        own, other = "compressor.", "indexer.compressor."
+        parts = [f"{prefix}{name}.weight" for name in ("wkv", "wgate") for prefix in (own, other)]
+        # The indexer's head weights come from the same input: their rows are the last.
+        self.weight = weights.wide_linear(*parts, "indexer.weights_proj.weight")
+        self.ape = torch.cat((weights.wide(own + "ape"), weights.wide(other + "ape")), 1)
+        self.norm = weights.wide(own + "norm.weight")
+        self.key_norm = weights.wide(other + "norm.weight")
         self.score_scale = (config.index_head_dim * config.index_n_heads) ** -0.5
 
-    def keys(self, x: Tensor, qr: Tensor, step: DeviceStep, pool: PagedRows) -> Keys:
-        """Store the entries x [T, D] completes, then choose each query's entries."""
+    def keys(self, x: Tensor, query: Tensor, step: DeviceStep, pool: PagedRows) -> Keys:
+        """Store the entries x [T, D] completes, then choose each query's entries. query: [T, n * dI]."""
+        heads = self.config.index_n_heads
+        opened = project(x, self.weight, dtype=torch.float32)
         compress_c4(
-            self.project(x),
+            opened[:, :-heads],
             self.ape,
             step.pools.c4_tail[self.index],
             self.norm,
@@ -80,16 +83,16 @@ class C4Compressor:
             hadamard=True,
         )
         if step.most_visible > self.config.index_topk:
-            self._choose(x, qr, step)
+            self._choose(query, opened[:, -heads:], step)
         return step.c4_keys
 
-    def _choose(self, x: Tensor, qr: Tensor, step: DeviceStep) -> None:
+    def _choose(self, query: Tensor, weights: Tensor, step: DeviceStep) -> None:
         """Write the pool rows of the entries with the highest scores into `step.c4_keys`."""
         config, pool = self.config, step.pools.key_pages[self.index]
-        q = self.wq_b(qr).unflatten(1, (config.index_n_heads, config.index_head_dim))
-        weights = self.weights_proj(x).float() * self.score_scale
-        query = index_query(q, weights, step.compressed, codes=pool.layout.codes, hadamard=True)
-        score = Scores(query, step, pool)
+        q = query.unflatten(1, (config.index_n_heads, config.index_head_dim))
+        codes = pool.layout.codes
+        rounded = index_query(q, weights, step.compressed, codes=codes, hadamard=True, factor=self.score_scale)
+        score = Scores(rounded, step, pool)
         rows = max(1, _SCORES // (4 * step.most_visible) // _MULTIPLE) * _MULTIPLE
         for start in range(0, step.tokens, rows):
             part = slice(start, start + rows)

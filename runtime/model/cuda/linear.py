@@ -1,54 +1,22 @@
-"""Linears on device tensors.
-
-On CPU tensors they can be row-invariant (`weft.kernels.linear`), so that tests can tell exactly whether rows of a
-step influence each other. cuBLAS sums differently for other numbers of rows, and makes no such promise.
-"""
+"""Linears on device tensors: the op that fits how a weight is stored."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from weft.kernels import linear as host
+from weft.kernels.gpu.linear import fp8_linear, linear
+from weft.kernels.gpu.weights import FloatWeight, Fp8Weight
+
+Weight = Fp8Weight | FloatWeight
+# The weight and the epsilon of an RMS norm of the input.
+Norm = tuple[Tensor, float]
 
 
-class Linear:
-    """`y = x @ weight.T`. weight: [N, K] float32 or bfloat16, on any device."""
-
-    def __init__(self, weight: Tensor, *, deterministic: bool) -> None:
-        self.dtype = weight.dtype
-        self._run: Callable[[Tensor], Tensor]
-        if weight.device.type == "cpu":
-            self._run = host.Linear(weight, deterministic=deterministic)
-        else:
-            assert not deterministic, "products of cuBLAS depend on the number of rows"
-            self._run = partial(F.linear, weight=weight)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x: [T, K], cast to the weight's dtype -> [T, N] in it."""
-        return self._run(x.to(self.dtype))
-
-
-class GroupedLinear:
-    """A block-diagonal linear: `groups` blocks of a weight [G * R, K], each on its own part of x."""
-
-    def __init__(self, weight: Tensor, groups: int, *, deterministic: bool) -> None:
-        self.dtype = weight.dtype
-        self._weight: Tensor | None = None
-        self._parts: list[Linear] = []
-        if weight.device.type == "cpu":
-            self._parts = [Linear(part, deterministic=deterministic) for part in weight.chunk(groups)]
-        else:
-            assert not deterministic, "products of cuBLAS depend on the number of rows"
-            self._weight = weight.unflatten(0, (groups, -1)).transpose(1, 2)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x: [T, G, K] -> [T, G * R] in the weight's dtype."""
-        x = x.to(self.dtype)
-        if self._weight is None:
-            return torch.cat([part(x[:, i]) for i, part in enumerate(self._parts)], 1)
-        return torch.bmm(x.transpose(0, 1), self._weight).transpose(0, 1).flatten(1)
+def project(
+    x: Tensor, weight: Weight, *, norm: Norm | None = None, groups: int = 1, dtype: torch.dtype | None = None
+) -> Tensor:
+    """x [T, K], or [T, G, K] for `groups` diagonal blocks -> [T, N] of `dtype`, by default x's."""
+    if isinstance(weight, Fp8Weight):
+        return fp8_linear(x, weight, norm=norm, groups=groups, dtype=dtype)
+    return linear(x, weight, norm=norm, groups=groups, dtype=dtype)

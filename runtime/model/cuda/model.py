@@ -17,13 +17,15 @@ from torch import Tensor
 from weft.kernels.gpu.steps import embed_streams, store_rows
 from weft.runtime.cache.capacity import IndexFormat, KvFormat, PoolSizes
 from weft.runtime.cache.device_pools import DevicePools
+from weft.runtime.checkpoint.quant import Quantised
 from weft.runtime.config import LayerKind, ModelConfig
 from weft.runtime.model.batch import Batch
 from weft.runtime.model.context import Rope
-from weft.runtime.model.cuda.block import Block
+from weft.runtime.model.cuda.block import Block, Streams
 from weft.runtime.model.cuda.graphs import CudaCapture, Graphs
-from weft.runtime.model.cuda.hyper import HeadMixer, rms_norm
-from weft.runtime.model.cuda.linear import Linear
+from weft.runtime.model.cuda.linear import project
+from weft.runtime.model.cuda.memory import ExpertFormat
+from weft.runtime.model.cuda.readout import MtpBlock, Readout
 from weft.runtime.model.cuda.shape import StepShape, padded, size_of
 from weft.runtime.model.cuda.side import Side
 from weft.runtime.model.cuda.step import DeviceStep, host_input
@@ -57,19 +59,21 @@ class DeviceModel:
     def __init__(
         self,
         config: ModelConfig,
-        tensors: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor | Quantised],
         *,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cuda",
         deterministic: bool = True,
         graphs: bool = True,
+        experts: ExpertFormat | None = None,
     ) -> None:
-        """tensors: official names to dequantised values (`weft.runtime.checkpoint`); each is asked for once.
-        device: "cpu" runs the ops' references, or Triton's interpreter, for tests. deterministic: drafts are
-        accepted only if they are what would have been drawn; a row has the same bits in every batch anyway.
-        graphs: decode and verify steps are padded, and on GPUs captured and replayed."""
+        """tensors: official names to weights, as they are stored or as floats; each is asked for once. device:
+        "cpu" runs the ops' references, or Triton's interpreter, for tests. deterministic: drafts are accepted only
+        if they are what would have been drawn; a row has the same bits in every batch anyway. graphs: decode and
+        verify steps are padded, and on GPUs captured and replayed. experts: how FP4 experts are held; None: as the
+        architecture multiplies them best."""
         self.device = torch.device(device)
-        weights = DeviceWeights(tensors, dtype, self.device, deterministic)
+        weights = DeviceWeights(tensors, dtype, self.device, experts)
         self.config = config
         self.dtype = dtype
         self.deterministic = deterministic
@@ -119,9 +123,10 @@ class DeviceModel:
         return h
 
     def _backbone(self, step: DeviceStep, _: Tensor | None) -> Tensor:
-        h = embed_streams(self.embed, step.ids, self.config.hc_mult)
+        streams = Streams(embed_streams(self.embed, step.ids, self.config.hc_mult))
         for block in self.blocks:
-            h = block(h, step.ids, step)
+            streams = block(streams, step.ids, step)
+        h = streams.whole()
         store_rows(h, step.last, step.slots, step.pools.streams)
         return h
 
@@ -130,7 +135,7 @@ class DeviceModel:
         out = torch.zeros(
             len(ids), self.config.hc_mult, self.config.hidden_size, dtype=self.dtype, device=self.device
         )
-        h = embed_streams(self.embed, ids.int().to(self.device), self.config.hc_mult)
+        streams = Streams(embed_streams(self.embed, ids.int().to(self.device), self.config.hc_mult))
         rows = torch.arange(batch.tokens)
         step: DeviceStep | None = None
         for layer, block in enumerate(self.blocks):
@@ -140,12 +145,13 @@ class DeviceModel:
             kept = torch.from_numpy(keep)
             if step is None or len(kept) < len(rows):
                 # Rows that are not exact may be computed from anything; they are left out from here on.
-                h = h[torch.searchsorted(rows, kept).to(self.device)]
+                streams = Streams(streams.whole()[torch.searchsorted(rows, kept).to(self.device)])
                 rows, step = kept, DeviceStep.of(part, ids[kept], self.rope, self._kinds, self._side)
-            h = block(h, step.ids, step)
+            streams = block(streams, step.ids, step)
             part.folds = step.folds
             batch.take_folds(part, keep)
         assert step is not None
+        h = streams.whole()
         out[rows.to(self.device)] = h
         store_rows(h, step.last, step.slots, step.pools.streams)
         return out
@@ -190,7 +196,7 @@ class DeviceModel:
 
     def _logits(self, name: str, h: Tensor, readout: Readout) -> Tensor:
         def run(rows: Tensor) -> Tensor:
-            return self.head(readout(rows))
+            return project(readout(rows), self.head, dtype=torch.float32)
 
         if not self._pads or not 0 < len(h) <= _HEAD_ROWS:
             return run(h)
@@ -239,34 +245,3 @@ class DeviceModel:
     def _inputs(self, host: Tensor, shape: StepShape, h: Tensor | None) -> _Inputs:
         streams = None if h is None else h.new_zeros(shape.tokens, *h.shape[1:])
         return _Inputs(torch.empty_like(host, device=self.device), streams)
-
-
-class Readout:
-    """Streams to the head's input: the head mixer, then the final norm."""
-
-    def __init__(self, config: ModelConfig, weights: DeviceWeights) -> None:
-        self.eps = config.rms_norm_eps
-        self.mixer = HeadMixer(config, weights)
-        self.norm = weights.wide("norm.weight")
-
-    def __call__(self, h: Tensor) -> Tensor:
-        """[n, hc, D] -> [n, D] float32."""
-        return rms_norm(self.mixer(h), self.norm, self.eps)
-
-
-class MtpBlock:
-    """The multi-token-prediction layer: a window block over (streams at i, embedding of token i+1)."""
-
-    def __init__(self, config: ModelConfig, weights: DeviceWeights) -> None:
-        self.eps = config.rms_norm_eps
-        self.enorm, self.hnorm = weights.wide("enorm.weight"), weights.wide("hnorm.weight")
-        self.e_proj: Linear = weights.linear("e_proj.weight")
-        self.h_proj: Linear = weights.linear("h_proj.weight")
-        self.block = Block(config, weights, config.num_hidden_layers, "window", hashed=False)
-        self.readout = Readout(config, weights)
-
-    def __call__(self, h: Tensor, embedding: Tensor, step: DeviceStep) -> Tensor:
-        """[T, hc, D], [T, D] -> [T, hc, D] in the dtype of h."""
-        e = self.e_proj(rms_norm(embedding, self.enorm, self.eps)).float()
-        projected = self.h_proj(rms_norm(h, self.hnorm, self.eps).flatten(0, 1)).float().view(h.shape)
-        return self.block((e[:, None] + projected).to(h.dtype), step.ids, step)
