@@ -1,15 +1,15 @@
-"""Copies one row at a time."""
+"""Copies by index."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
 def save_tails(tail: Tensor, slot: Tensor, start: Tensor, out: Tensor) -> None:
     """See `weft.kernels.gpu.verify.save_tails`; out: what it returns."""
-    for number, (own, first) in enumerate(zip(slot.tolist(), start.tolist(), strict=True)):
-        for row in range(out.shape[2]):
-            out[:, number, row] = tail[:, own, (first + 1 + row) % 8]
+    place = (start[:, None] + torch.arange(1, out.shape[2] + 1, device=start.device)) % 8
+    out.copy_(tail[:, slot[:, None].long(), place.long()])
 
 
 def take_back(

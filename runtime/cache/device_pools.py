@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,17 +45,11 @@ class DevicePools(Pools):
         table = self._tables.get(kind)
         if table is None:
             return 0
-        copy_pages(table, *_numbers(source, target, self.device))
+        copy_pages(table, *self.numbers(torch.stack((source, target)).numpy()))
         return len(source) * table.nbytes
 
     def _copy_raw(self, source: int, target: int) -> None:
-        copy_slots(self._state, *_numbers(torch.tensor([source]), torch.tensor([target]), self.device))
-
-
-def _numbers(source: Tensor, target: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """int32, moved to the device together."""
-    both = torch.stack((source, target)).int().to(device)
-    return both[0], both[1]
+        copy_slots(self._state, *self.numbers(np.array([[source], [target]])))
 
 
 def _paged(rows: Rows) -> PagedRows:

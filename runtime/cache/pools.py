@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from weft.kernels.kv_rows import DenseRows, PagedRows, Rows
@@ -87,6 +89,15 @@ class Pools:
         if layout is not None:
             return PagedRows(pages, layout, self.device)
         return DenseRows(self._zeros(pages * self.sizes.page, width, dtype=self.dtype))
+
+    def numbers(self, values: NDArray[np.int64]) -> Tensor:
+        """Index numbers in int32 on the pools' device, by a copy that the host does not wait for."""
+        host = torch.from_numpy(values.astype(np.int32))
+        return host.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else host
+
+    def streams_of(self, slots: Sequence[int]) -> Tensor:
+        """[n, hc, D] streams of the last token of some slots; a copy."""
+        return self.streams.index_select(0, self.numbers(np.array(slots)))
 
     @property
     def free_slots(self) -> int:

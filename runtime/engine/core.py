@@ -242,7 +242,7 @@ class Core:
         states = [item.call.sequence.held for item in work]
         spans = [state.span(len(item.tokens)) for state, item in zip(states, work, strict=True)]
         ids = torch.tensor([token for item in work for token in item.tokens])
-        previous = self.pools.streams[torch.tensor([span.slot for span in spans])]
+        previous = self.pools.streams_of([span.slot for span in spans])
         drafts = any(item.drafts for item in work)
         batch = Batch(self.pools, spans, drafts=drafts)
         back = TakeBack(batch) if drafts else None
@@ -294,7 +294,7 @@ class Core:
             if not call.drawn_count:  # where its prompt ends, others may begin
                 self.memory.keep(call.sequence)
         slots = [call.sequence.held.slot for call in live]
-        logits = self.model.logits(self.pools.streams[torch.tensor(slots)])
+        logits = self.model.logits(self.pools.streams_of(slots))
         # The head of a V4 checkpoint is padded: ids the tokenizer does not define are never drawn.
         chosen = sample(logits[:, : self.tokenizer.size], [call.draw() for call in live])
         for call, token, row in zip(live, chosen, logits, strict=True):

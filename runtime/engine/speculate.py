@@ -43,7 +43,7 @@ class Drafter:
         if not asking:
             return
         pools = asking[0][0].call.sequence.held.pools
-        h = pools.streams[[item.call.sequence.held.slot for item, _ in asking]]
+        h = pools.streams_of([item.call.sequence.held.slot for item, _ in asking])
         depth = 0
         while asking:
             spans = []
@@ -86,6 +86,7 @@ class Drafter:
                 item.generating.refused = _odds(item, self._defined)[right]
             back.keep(number, kept, rows[number])
             rows[number], item.tokens = rows[number][:kept], item.tokens[:kept]
+        back.apply()
 
     def _draw(self, logits: Tensor, draws: list[Draw], items: Sequence[Work]) -> list[int]:
         """Of each row the draft, if it is right, or something else."""

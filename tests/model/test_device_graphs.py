@@ -68,12 +68,14 @@ class Run:
         h = self.model.forward(torch.tensor(fed), batch)
         for number, rows in enumerate(h.split(list(counts))):
             back.keep(number, kept[number], rows)
-            self.states[number].commit(kept[number])
+        back.apply()
+        for state, count in zip(self.states, kept, strict=True):
+            state.commit(count)
         return h
 
     def draft(self, depth: int) -> Tensor:
         """Logits of a chain of drafts."""
-        h = self.pools.streams[[state.slot for state in self.states]]
+        h = self.pools.streams_of([state.slot for state in self.states])
         out = []
         for behind in range(depth):
             spans = [Span(state.slot, state.length - 1 + behind, 1) for state in self.states]

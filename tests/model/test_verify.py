@@ -48,6 +48,8 @@ def test_any_number_of_drafts_at_any_place(window: int, page: int) -> None:
             assert torch.equal(got, want[start : start + count])
             back.keep(number, count, streams[number])
             state.commit(count)
+        back.apply()
+        for state in states:
             assert torch.equal(model.logits(pools.streams[[state.slot]])[0], want[state.length - 1])
     assert seen > 50
 
@@ -77,6 +79,7 @@ def test_drafts_beside_a_replay() -> None:
         ids = [*tokens[replaying.length : replaying.length + count], tokens[at], 3, 3]
         rows = model.forward(torch.tensor(ids), batch)[count:]
         back.keep(1, 1, rows)
+        back.apply()
         replaying.commit(count)
         drafting.commit(1)
         beside += 1
