@@ -118,11 +118,15 @@ def interpreting() -> bool:
 
 @cache
 def installed() -> frozenset[str]:
-    """What there is for choices to take. Libraries whose bits depend on the batch are never chosen."""
+    """What there is for choices to take: of FlashInfer, which only fast mode may choose, each module by its name.
+    Other libraries whose bits depend on the batch are never chosen."""
+    from weft.kernels.libraries import flashinfer
+
     if find_spec("triton") is None:
-        return frozenset()
+        return flashinfer.usable()
     major, minor = version("triton").split(".")[:2]
-    return frozenset({"triton", GLUON} if (int(major), int(minor)) >= (3, 9) else {"triton"})
+    triton = {"triton", GLUON} if (int(major), int(minor)) >= (3, 9) else {"triton"}
+    return flashinfer.usable() | triton
 
 
 def portable(op: str, arch: Arch, libraries: frozenset[str]) -> Choice:

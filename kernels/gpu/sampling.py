@@ -8,6 +8,7 @@ the temperature are float32, weights and their sums float64, summed in an order 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -94,14 +95,22 @@ class Scores:
 
 
 def sample_rows(
-    scores: Scores, settings: RowSettings, *, refused: Refused | None = None, implementation: str | None = None
+    scores: Scores,
+    settings: RowSettings,
+    *,
+    refused: Refused | None = None,
+    deterministic: bool = True,
+    implementation: str | None = None,
 ) -> Tensor:
     """One token of each row -> [n] int32; the lowest of equals.
 
     (score - best) / temperature, then top_k (ties at the cut: the lower ids), top_p (a token is dropped if those
     before it have at least top_p of what top_k kept), min_p (relative to the best), plus Gumbel noise, of float64.
+    deterministic: False lets a library draw with noise of its own, which depends on a row's place in the batch.
     """
-    name = _checked(scores, settings, implementation)
+    plain = scores.edits is None and refused is None and len(settings.warm) > 0
+    chosen = choose(arch(scores.logits), installed(), deterministic=deterministic, plain=plain)
+    name = _checked(scores, settings, implementation or chosen.implementation)
     if refused is not None:
         check_tensor("odds", refused.odds, (None, scores.width), torch.float64)
         check_tensor("slots", refused.slots, (len(scores.logits),), torch.int32)
@@ -112,6 +121,11 @@ def sample_rows(
         from weft.kernels.reference import sampling as reference
 
         return reference.sample_rows(scores, settings, refused)
+    if name == "flashinfer":
+        from weft.kernels.libraries import flashinfer_sampling
+
+        check(scores.edits is None and refused is None, "edits and refused drafts are not for FlashInfer")
+        return flashinfer_sampling.draw(scores, settings)
     from weft.kernels.triton.sampling import sample_rows as launch
 
     return launch(scores, settings, refused)
@@ -148,6 +162,11 @@ def judge_rows(
         from weft.kernels.reference import sampling as reference
 
         return reference.judge_rows(scores, settings, drafts, odds)
+    if name == "flashinfer":  # for benchmarks: it reads whole rows to compare two numbers
+        from weft.kernels.libraries import flashinfer_sampling
+
+        check(scores.edits is None, "edits are not for FlashInfer")
+        return flashinfer_sampling.judge(scores, settings, drafts, odds)
     from weft.kernels.triton.sampling import judge_rows as launch
 
     return launch(scores, settings, drafts, odds)
@@ -217,7 +236,11 @@ def _check_scores(scores: Scores) -> None:
         check_tensor("left", edits.left, (len(edits.rows),), torch.int32)
 
 
-def choose(arch: Arch, libraries: frozenset[str]) -> Choice:
+def choose(arch: Arch, libraries: frozenset[str], *, deterministic: bool = True, plain: bool = True) -> Choice:
+    """plain: no edits, no refused drafts, and a row that is not greedy."""
+    on_gpu = arch not in ("cpu", "interpreter")
+    if on_gpu and plain and not deterministic and "flashinfer.sampling" in libraries:
+        return Choice("sample_rows", "flashinfer", "fast mode: a token may depend on its row's place in the batch")
     return portable("sample_rows", arch, libraries)
 
 
@@ -230,6 +253,6 @@ def least_bytes(rows: int, width: int, *, warm: int = 0, filtered: int = 0) -> i
 OP = Op(
     "sample_rows",
     "penalties, masks, temperature, top-k, top-p, min-p and Gumbel noise: a token of each row; drafts verified",
-    ("reference", "triton"),
-    (Example("any shape", choose),),
+    ("reference", "triton", "flashinfer"),
+    (Example("any shape", choose), Example("fast mode", partial(choose, deterministic=False))),
 )

@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from weft.kernels.gpu.base import check, check_tensor
+from weft.kernels.gpu.sampling import REJECTED, RowSettings, Scores, apply_bitmask
 from weft.kernels.libraries.flashinfer import require
 
 # The least normal float32: over a lower temperature, 1 / temperature would be infinite.
 _COLDEST = 2.0**-126
+_LEAST_MIN_P = 2.0**-100
 
 
 class Verified(NamedTuple):
@@ -31,6 +33,22 @@ class Verified(NamedTuple):
 
     tokens: Tensor
     kept: Tensor
+
+
+def draw(scores: Scores, settings: RowSettings) -> Tensor:
+    """As `weft.kernels.gpu.sampling.sample_rows`, of rows without edits."""
+    filters = _filters(settings)
+    greedy = not settings.all_warm
+    return sample_rows(_masked(scores), settings.temperature, settings.keys, **filters, greedy=greedy)
+
+
+def judge(scores: Scores, settings: RowSettings, drafts: Tensor, odds: Tensor) -> Tensor:
+    """As `weft.kernels.gpu.sampling.judge_rows`, of rows without edits: each draft is a chain of its own."""
+    model = distribution(_masked(scores), settings.temperature, **_filters(settings))
+    drafted = torch.zeros_like(model).scatter_(1, drafts[:, None].long(), odds[:, None].float())
+    chains = torch.stack((model, model), 1)
+    kept = verify_chain(drafts[:, None], drafted[:, None], chains, settings.keys).kept
+    return torch.where(kept > 0, drafts, REJECTED)
 
 
 def sample_rows(
@@ -60,7 +78,8 @@ def sample_rows(
     if min_p is not None:
         if top_p is not None:
             probs = sampling.top_p_renorm_probs(probs, top_p)
-        drawn: Tensor = sampling.min_p_sampling_from_probs(probs, min_p, **noise)
+        # With 0, a token that is masked would count as kept, and be what rounding at the end of the sum leads to.
+        drawn: Tensor = sampling.min_p_sampling_from_probs(probs, min_p.clamp_min(_LEAST_MIN_P), **noise)
     elif top_p is not None:
         drawn = sampling.top_p_sampling_from_probs(probs, top_p, **noise)
     else:
@@ -114,6 +133,24 @@ def verify_chain(drafts: Tensor, odds: Tensor, probabilities: Tensor, keys: Tens
         odds, drafts, probabilities, seed=keys, offset=_zero(keys.device)
     )
     return Verified(tokens, kept)
+
+
+def _masked(scores: Scores) -> Tensor:
+    if scores.masks is None:
+        return scores.logits
+    logits = scores.logits.clone(memory_format=torch.contiguous_format)
+    apply_bitmask(logits, scores.masks)
+    return logits
+
+
+def _filters(settings: RowSettings) -> dict[str, Tensor | None]:
+    """min_p is known on the device only, so it is always one."""
+    cut = len(settings.filtered) > 0
+    return {
+        "top_k": settings.top_k if cut else None,
+        "top_p": settings.top_p.float() if cut else None,
+        "min_p": settings.min_p.float(),
+    }
 
 
 def _probabilities(logits: Tensor, temperature: Tensor, top_k: Tensor | None) -> Tensor:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
+from weft.kernels.gpu.sampling import RowSettings
 from weft.kernels.libraries import flashinfer_hyper, flashinfer_routing
 from weft.runtime.decoding.noise import stream_key
 from weft.runtime.decoding.params import SamplingParams
@@ -121,6 +122,22 @@ def settings(rows, params, device="cpu"):
         "min_p": torch.full((rows,), p.min_p, device=device) if p.min_p > 0 else None,
     }
     return torch.full((rows,), p.temperature, device=device), filters
+
+
+def rows_of(temperatures, top_k=0, device="cpu"):
+    """Rows with these temperatures, as `weft.kernels.gpu.sampling` takes them."""
+    count = len(temperatures)
+    warm = torch.tensor([i for i, t in enumerate(temperatures) if t > 0], dtype=torch.int32, device=device)
+    return RowSettings(
+        temperature=torch.tensor(temperatures, device=device),
+        top_k=torch.full((count,), top_k, dtype=torch.int32, device=device),
+        top_p=torch.ones(count, dtype=torch.float64, device=device),
+        min_p=torch.zeros(count, dtype=torch.float64, device=device),
+        keys=keys(count, device),
+        warm=warm,
+        filtered=warm if top_k else warm[:0],
+        counters=torch.zeros(count, dtype=torch.int32, device=device),
+    )
 
 
 def keys(rows, device="cpu", seed=7):

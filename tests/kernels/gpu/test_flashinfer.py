@@ -1,9 +1,9 @@
-"""FlashInfer: why it is absent, what it is handed (held against a stand-in), and on a GPU, whether it keeps the
-distributions, routes and streams that it is taken for."""
+"""FlashInfer: why it is absent, when it is chosen, and what it is handed, held against a stand-in."""
 
 import inspect
 import math
 import sys
+from functools import partial
 from importlib.metadata import PackageNotFoundError
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -20,8 +20,11 @@ from support.flashinfer import (
     keys,
     mixer,
     routes,
+    rows_of,
     settings,
 )
+from weft.kernels.gpu import sampling
+from weft.kernels.gpu.base import installed
 from weft.kernels.libraries import flashinfer, flashinfer_hyper, flashinfer_routing, flashinfer_sampling
 
 
@@ -45,14 +48,6 @@ def stand_in(monkeypatch):
     for name in ("flashinfer", "flashinfer.sampling", "flashinfer.fused_moe", "flashinfer.mhc"):
         monkeypatch.setitem(sys.modules, name, library)
     return library
-
-
-@pytest.fixture
-def real(request):
-    """The library itself, for the module that a test is about."""
-    reason = flashinfer.absence(request.param)
-    if reason is not None:
-        pytest.skip(reason)
 
 
 def built_from(prebuilt, nvcc):
@@ -126,6 +121,32 @@ class TestAbsence:
         assert flashinfer.usable() == {f"flashinfer.{module}" for module in flashinfer.MODULES}
 
 
+EVERYTHING = frozenset({"triton"} | {f"flashinfer.{module}" for module in flashinfer.MODULES})
+
+
+class TestChoices:
+    def test_sampling_in_fast_mode(self):
+        chosen = sampling.choose("sm90", EVERYTHING, deterministic=False)
+        assert str(chosen) == (
+            "sample_rows: flashinfer (fast mode: a token may depend on its row's place in the batch)"
+        )
+        assert sampling.choose("sm90", EVERYTHING).implementation == "triton"
+        without = EVERYTHING - {"flashinfer.sampling"}
+        assert sampling.choose("sm90", without, deterministic=False).implementation == "triton"
+        assert sampling.choose("sm90", EVERYTHING, deterministic=False, plain=False).implementation == "triton"
+        assert sampling.choose("cpu", EVERYTHING, deterministic=False).implementation == "reference"
+
+    def test_what_is_installed(self, fresh):
+        fresh.setattr(flashinfer, "import_module", built_from({"sampling"}, None))
+        fresh.setattr(flashinfer, "which", lambda _: None)
+        installed.cache_clear()
+        assert "flashinfer.sampling" in installed() and "flashinfer.mhc" not in installed()
+        fresh.setattr(flashinfer, "version", lambda _: "0.6.18")
+        installed.cache_clear()
+        assert not any(name.startswith("flashinfer") for name in installed())
+        installed.cache_clear()
+
+
 class TestWhatItIsHanded:
     @pytest.mark.parametrize("params", SETTINGS, ids=str)
     def test_filters_apply_in_order(self, stand_in, params):
@@ -176,6 +197,42 @@ class TestWhatItIsHanded:
         assert verified.tokens.tolist() == [[3, 1, 4], [0, 1, -1]]
         assert verified.kept.tolist() == [2, 1]
 
+    @pytest.mark.parametrize("filtered", [False, True])
+    def test_rows_of_the_wrapper(self, stand_in, monkeypatch, filtered):
+        """Rows that are parts of wider ones, one of them greedy, one with a mask of three tokens."""
+        logits = torch.randn(3, 80)[:, :70]
+        rows = rows_of([0.0, 0.7, 1.0], top_k=2 if filtered else 0)
+        words = torch.zeros(1, 3, dtype=torch.int32)
+        words[0, 1] = 0b10011
+        masks = sampling.Masks(words, torch.tensor([-1, -1, 0], dtype=torch.int32))
+        scores = sampling.Scores(logits, masks)
+        masked = partial(sampling.apply_bitmask, implementation="reference")
+        monkeypatch.setattr(flashinfer_sampling, "apply_bitmask", masked)
+        before = logits.clone()
+        for _ in range(5):
+            tokens = sampling.sample_rows(scores, rows, implementation="flashinfer").tolist()
+            assert tokens[0] == int(logits[0].argmax()) and tokens[2] in (32, 33, 36)
+            assert not filtered or tokens[1] in logits[1].topk(2).indices.tolist()
+        assert torch.equal(logits, before)
+
+    def test_what_the_wrapper_does_not_hand_on(self, stand_in):
+        refused = sampling.Refused(torch.zeros(1, 9, dtype=torch.float64), torch.zeros(1, dtype=torch.int32))
+        scores = sampling.Scores(torch.randn(1, 9))
+        with pytest.raises(AssertionError, match="refused"):
+            sampling.sample_rows(scores, rows_of([1.0]), refused=refused, implementation="flashinfer")
+
+    def test_drafts_of_the_wrapper(self, stand_in):
+        """What was drafted with odds of at most the model's is accepted, what the model never says is not."""
+        logits = torch.randn(2, 9)
+        logits[1, 4] = -math.inf
+        drafts = torch.tensor([3, 4], dtype=torch.int32)
+        odds = torch.softmax(logits.double(), 1)[torch.arange(2), drafts.long()].clamp_min(0.1)
+        odds[0] /= 2
+        judged = sampling.judge_rows(
+            sampling.Scores(logits), rows_of([1.0, 1.0]), drafts, odds, implementation="flashinfer"
+        )
+        assert judged.tolist() == [3, sampling.REJECTED]
+
     def test_hash_routes(self, stand_in):
         check_routes(*routes(7, 32, "cpu"))
 
@@ -205,120 +262,3 @@ def test_the_stand_in_has_its_parameters():
     for name, ours in inspect.getmembers(StandIn(), inspect.ismethod):
         if not name.startswith("_"):
             assert set(inspect.signature(ours).parameters) <= set(inspect.signature(theirs[name]).parameters), name
-
-
-def is_drawn_from(tokens, probabilities):
-    """Pearson's test, at four standard deviations of its statistic and some more for few tokens: one in ten thousand
-    or so fails by chance."""
-    counts = torch.bincount(tokens.long().cpu(), minlength=len(probabilities)).double()
-    want = probabilities * len(tokens)
-    assert counts[want == 0].sum() == 0
-    rare = want < 5
-    observed = torch.cat((counts[~rare], counts[rare].sum()[None]))
-    want = torch.cat((want[~rare], want[rare].sum()[None]))
-    observed, want = observed[want > 0], want[want > 0]
-    freedom = max(len(want) - 1, 1)
-    statistic = ((observed - want) ** 2 / want).sum().item()
-    assert statistic < freedom + 4 * math.sqrt(2 * freedom) + 8, (statistic, freedom)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("real", ["sampling"], indirect=True)
-class TestSamplingOnAGpu:
-    @pytest.mark.parametrize("params", SETTINGS, ids=str)
-    def test_tokens_have_the_distribution(self, real, device, params):
-        rows = 1 << 16
-        logits = 2 * torch.randn(1, 40)
-        temperature, filters = settings(rows, params, device)
-        many = logits.to(device).expand(rows, -1).contiguous()
-        tokens = flashinfer_sampling.sample_rows(many, temperature, keys(rows, device), **filters)
-        is_drawn_from(tokens, expected(logits, params)[0])
-
-    @pytest.mark.parametrize("params", SETTINGS, ids=str)
-    def test_probabilities_of_a_whole_vocabulary(self, real, device, params):
-        """float32 scores of up to 50 are off by 2^-19, and so are their exponentials, relatively; one token more
-        or less at the cut of top_p is one of thousands."""
-        logits = 4 * torch.randn(3, 129280)
-        temperature, filters = settings(3, params, device)
-        got = flashinfer_sampling.distribution(logits.to(device), temperature, **filters).cpu().double()
-        assert ((got - expected(logits, params)).abs().sum(1) < 1e-3).all()
-
-    def test_greedy_rows(self, real, device):
-        logits = torch.randn(64, 129280, device=device)
-        logits[:, 777] = logits[:, 77] = 9
-        temperature = torch.zeros(64, device=device)
-        assert flashinfer_sampling.sample_rows(logits, temperature, keys(64, device)).eq(77).all()
-
-    def test_the_same_call_gives_the_same_tokens(self, real, device):
-        logits = torch.randn(64, 129280, device=device)
-        temperature, filters = settings(64, SETTINGS[-1], device)
-        calls = [flashinfer_sampling.sample_rows(logits, temperature, keys(64, device), **filters) for _ in "ab"]
-        assert torch.equal(*calls)
-
-    def test_a_token_depends_on_its_place(self, real, device):
-        """Why deterministic engines never choose it."""
-        same = keys(1, device).expand(64).contiguous()
-        tokens = flashinfer_sampling.sample_rows(
-            torch.zeros(64, 500, device=device), torch.ones(64, device=device), same
-        )
-        assert len(tokens.unique()) > 1
-
-    def test_a_graph_draws_anew(self, real, device):
-        logits = torch.randn(8, 129280, device=device)
-        temperature, filters = settings(8, SETTINGS[-1], device)
-        noise = keys(8, device)
-
-        def call():
-            return flashinfer_sampling.sample_rows(logits, temperature, noise, **filters)
-
-        call()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = call()
-        for seed in range(2):
-            noise.copy_(keys(8, seed=seed))
-            graph.replay()
-            assert torch.equal(captured, call())
-
-    @pytest.mark.parametrize("certain", [False, True])
-    def test_verified_chains_have_the_distribution(self, real, device, certain):
-        """Whatever the drafts: the first token is the model's, and behind drafts that are kept so is the next."""
-        chains, drafted, width = 1 << 15, 2, 30
-        model = torch.softmax(torch.randn(drafted + 1, width), 1)
-        odds = torch.softmax(torch.randn(drafted, width), 1)
-        if certain:
-            odds = torch.nn.functional.one_hot(torch.tensor([4, 11]), width).float()
-        drafts = torch.multinomial(odds, chains, replacement=True).t().int().contiguous().to(device)
-        verified = flashinfer_sampling.verify_chain(
-            drafts,
-            odds.to(device).expand(chains, -1, -1).contiguous(),
-            model.to(device).expand(chains, -1, -1).contiguous(),
-            keys(chains, device),
-        )
-        tokens, kept = verified.tokens, verified.kept
-        place = torch.arange(drafted + 1, device=device)
-        assert torch.equal(tokens[:, :-1] == drafts, place[:-1] < kept[:, None])
-        assert torch.equal(tokens == -1, place > kept[:, None])
-        for i in range(drafted + 1):
-            is_drawn_from(tokens[kept >= i, i], model[i].double())
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("real", ["hash_topk"], indirect=True)
-class TestHashRoutesOnAGpu:
-    @pytest.mark.parametrize("tokens", [1, 33, 4096])
-    def test_against_float64(self, real, device, tokens):
-        check_routes(*routes(tokens, 256, device))
-
-    def test_a_row_alone_has_the_same_bits(self, real, device):
-        scores, table, ids, scaling = routes(37, 256, device)
-        whole = flashinfer_routing.hash_routes(scores, table, ids, scaling)
-        alone = flashinfer_routing.hash_routes(scores[5:6], table, ids[5:6], scaling)
-        assert all(torch.equal(a[5:6], b) for a, b in zip(whole, alone, strict=True))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("real", ["mhc"], indirect=True)
-@pytest.mark.parametrize(("tokens", "dim"), [(1, 4096), (65, 7168), (5, 64), (512, 4096)])
-def test_streams_on_a_gpu(real, device, tokens, dim):
-    check_streams(tokens, dim, device)
