@@ -5,32 +5,16 @@ The CPU model (`support.rounded`) rounds activations where the kernels do; it kn
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from support.device import DEVICE, logits_of, references, tokens_for
-from support.engine import small_config
+from support.device import checkpoint, logits_of, on_stored, references, tokens_for
 from support.rounded import round_activations
-from weft.runtime.checkpoint.dummy import write_dummy_checkpoint
-from weft.runtime.checkpoint.reader import Checkpoint
-from weft.runtime.model.cuda.model import DeviceModel
 from weft.runtime.model.model import Model
 
 RATIOS = [(0,), (4,), (128,), (0, 4)]
-
-
-def checkpoint(folder: Path, seed: int, *ratios: int) -> Checkpoint:
-    config = dataclasses.replace(small_config(*ratios), moe_intermediate_size=32)
-    write_dummy_checkpoint(folder / "model", config, seed)
-    return Checkpoint.open(folder / "model")
-
-
-def on_stored(found: Checkpoint, dtype: torch.dtype = torch.float32, **options: Any) -> DeviceModel:
-    return DeviceModel(found.config, found.stored(), dtype=dtype, device=DEVICE, **options)
 
 
 def difference(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:

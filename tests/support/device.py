@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from support import draw
+from support.engine import small_config
 from support.run import pools_for, step
 from weft.kernels.gpu import base, copies
 from weft.runtime.cache.capacity import IndexFormat
 from weft.runtime.cache.sequence import SequenceState
+from weft.runtime.checkpoint.dummy import write_dummy_checkpoint
+from weft.runtime.checkpoint.reader import Checkpoint
 from weft.runtime.config import ModelConfig, preset
 from weft.runtime.model.base import Network
 from weft.runtime.model.cuda.model import DeviceModel
@@ -54,6 +60,18 @@ def pair(seed: int, dtype: torch.dtype = torch.float32) -> tuple[Model, DeviceMo
 
 def on_device(config: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> DeviceModel:
     return DeviceModel(config, weights, dtype=dtype, device=DEVICE, deterministic=DEVICE == "cpu")
+
+
+def checkpoint(folder: Path, seed: int, *ratios: int) -> Checkpoint:
+    """Of a small model with layers of these ratios, in the official layout: FP8 linears, FP4 experts."""
+    config = dataclasses.replace(small_config(*ratios), moe_intermediate_size=32)
+    write_dummy_checkpoint(folder / "model", config, seed)
+    return Checkpoint.open(folder / "model")
+
+
+def on_stored(found: Checkpoint, dtype: torch.dtype = torch.float32, **options: Any) -> DeviceModel:
+    """On the device, with weights as they are stored."""
+    return DeviceModel(found.config, found.stored(), dtype=dtype, device=DEVICE, **options)
 
 
 def tokens_for(model: Network, length: int, seed: int = 0) -> list[int]:
