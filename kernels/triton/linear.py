@@ -33,7 +33,8 @@ _QUANTISE = {"ROWS": 16, "CHUNKS": 4}
 
 @dataclass(frozen=True)
 class Plan:
-    """How a product runs. per, splits: of K, by the weight's shape. parallel: splits side by side."""
+    """How a product runs. per, splits: of K, by the weight's shape. parallel: splits side by side. registers: of a
+    thread at most, so that two programs fit in a multiprocessor."""
 
     per: int
     splits: int
@@ -42,6 +43,7 @@ class Plan:
     tokens: int
     warps: int
     stages: int
+    registers: int | None = None
 
     def tiles(self, tokens: int, rows: int, groups: int) -> tuple[int, int]:
         """Tiles of tokens, and of a weight's rows."""
@@ -60,18 +62,24 @@ def split(rows: int, columns: int, groups: int) -> tuple[int, int]:
 def config(rows: int, columns: int, groups: int, tokens: int, dtype: torch.dtype) -> Plan:
     """The plan of a weight [rows, columns] of `dtype` and so many tokens."""
     per, splits = split(rows, columns, groups)
-    if tokens <= FUSED_TOKENS or dtype == torch.float32:
-        # Bytes on their way decide: 3 or 4 chunks of a program, 2 to 4 programs in a multiprocessor. Float32 is
-        # multiplied without matrix instructions, for few tokens or small models.
-        width = 16 if dtype == torch.float32 else max(16, triton.next_power_of_2(tokens))
-        tiles = groups * triton.cdiv(rows // groups, _ROWS) * triton.cdiv(tokens, width)
-        stages = 2 if dtype == torch.float32 else 5 if width <= 32 else 4
-        return Plan(per, splits, splits > 1 and tiles <= _PROGRAMS, _ROWS, width, 4, stages)
-    tall, width = 2 * _ROWS, 128
-    parallel = splits > 1 and groups * triton.cdiv(rows // groups, tall) * triton.cdiv(tokens, width) <= _FEW_TILES
-    if splits > 1 and not parallel and dtype == torch.float8_e4m3fn:
-        width = 64  # a product, the sum of its split and the sum of splits are too much for 128 in registers
-    return Plan(per, splits, parallel, tall, width, 8, 4)
+    tiles = groups * triton.cdiv(rows // groups, _ROWS)
+    if dtype == torch.float32:  # without matrix instructions: for few tokens or small models
+        return Plan(per, splits, splits > 1 and tiles * triton.cdiv(tokens, 16) <= _PROGRAMS, _ROWS, 16, 4, 2)
+    fp8 = dtype == torch.float8_e4m3fn
+    if tokens <= FUSED_TOKENS:
+        # Weights on their way decide: 48 KiB in a multiprocessor and more. Taller tiles read x less often from L2,
+        # but leave fewer programs.
+        width = max(16, triton.next_power_of_2(tokens))
+        if tiles // 2 * splits < (_PROGRAMS // 2 - 4 if width > 16 else _PROGRAMS - 8):
+            return Plan(per, splits, splits > 1, _ROWS, width, 4, 5 if width <= 32 else 4)
+        if splits > 1:
+            return Plan(per, splits, True, 2 * _ROWS, width, 8, 4)
+        return Plan(per, splits, False, 2 * _ROWS, width, 8, 4 if not fp8 or width == 32 else 3, 128)
+    wide = groups * triton.cdiv(rows // groups, 2 * _ROWS) * triton.cdiv(tokens, 128)
+    parallel = splits > 1 and wide <= _FEW_TILES
+    # A product, the sum of its split and the sum of splits are too much for 128 tokens in registers.
+    width = 64 if splits > 1 and not parallel and fp8 else 128
+    return Plan(per, splits, parallel, 2 * _ROWS, width, 8, 4)
 
 
 def _partial(plan: Plan, tiles: int, x: Tensor) -> Tensor | None:
@@ -97,6 +105,7 @@ def fp8_linear(x: Tensor, weight: Fp8Weight, norm: tuple[Tensor, float] | None, 
         tokens, token_tiles, x.stride(0), x.stride(1), 0 if x_scales is None else x_scales.shape[2], out.stride(0),
         eps, **_constants(rows, columns, groups, plan), N=rows, NORM=norm_weight is not None,
         QUANTISED=x_scales is not None, num_warps=plan.warps, num_stages=plan.stages,
+        maxnreg=plan.registers,
     )  # fmt: skip
 
 
@@ -113,6 +122,7 @@ def linear(x: Tensor, weight: FloatWeight, norm: tuple[Tensor, float] | None, ou
         tokens, token_tiles, x.stride(0), x.stride(1), out.stride(0), eps,
         **_constants(rows, columns, groups, plan), NORM=norm is not None, BK=_step(weight.weight.dtype),
         num_warps=plan.warps, num_stages=plan.stages,
+        maxnreg=plan.registers,
     )  # fmt: skip
 
 
@@ -208,6 +218,7 @@ def _product(
         constants,
         warps=plan.warps,
         stages=plan.stages,
+        options={} if plan.registers is None else {"maxnreg": plan.registers},
         expect=expect if dtype != torch.float32 else {"sm90": ("FFMA",), "sm100": ("FFMA",)},
         aligned=(*(k for k, v in signature.items() if v[0] == "*" and k not in constants), *strides, "scale_pitch")
         if fp8

@@ -17,8 +17,9 @@ from weft.kernels.triton.common import power_of_two, scale_exponent
 def inverse_rms(x, rows, keep, eps, K: tl.constexpr):
     """Rows of K at x + rows [R] -> [R, 1] 1 / sqrt(mean of squares + eps).
 
-    Columns of the same place in each 128 are added first to last, then the 128 sums pairwise: sums of two have one
-    result whatever the layout of the tile.
+    Columns of the same place in each 128 are added first to last. The layout of a tile, and with it the order in
+    which those sums would be added, is chosen by the compiler for every kernel and width: so they are added as
+    integers, whose sum has no order, in units 2^-41 of the largest's power of two.
     """
     R: tl.constexpr = rows.shape[0]
     column = tl.arange(0, 128)
@@ -27,7 +28,10 @@ def inverse_rms(x, rows, keep, eps, K: tl.constexpr):
         inside = keep[:, None] & (start + column < K)[None, :]
         v = tl.load(x + rows[:, None] + (start + column)[None, :], mask=inside, other=0.0).to(tl.float32)
         total = tl.fma(v, v, total)
-    square = tl.sum(total, 1)[:, None] * (1.0 / K) + eps
+    top = tl.max(total, 1)[:, None].to(tl.int32, bitcast=True)
+    shift = 40 - tl.maximum((top >> 23) - 127, -80)
+    whole = tl.sum((total * power_of_two(shift)).to(tl.int64), 1)[:, None]
+    square = tl.fma(whole.to(tl.float32) * power_of_two(-shift), 1.0 / K, eps)
     return tl.div_rn(tl.full([R, 1], 1.0, tl.float32), tl.sqrt_rn(square))
 
 

@@ -139,14 +139,15 @@ def batches(tokens: int, device: str) -> list[Tensor]:
 @pytest.mark.parametrize("kind", ["fp8", torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [Shape(66, 520), Shape(40, 200, groups=2)])
 def test_a_row_has_the_same_bits_in_every_batch(shape: Shape, kind: Any, norm: bool, device: str) -> None:
-    given = made(shape._replace(norm=norm), 72, device, dtype=torch.float32)
+    tokens = 20 if kind == torch.float32 else 72
+    given = made(shape._replace(norm=norm), tokens, device, dtype=torch.float32)
     if kind == "fp8":
         run, weight = fp8_linear, random_fp8(shape.rows, shape.columns, device)
     else:
         run, weight = linear, random_float(shape.rows, shape.columns, device, kind)
     given["x"] = given["x"].to(torch.bfloat16) if kind == "fp8" else given["x"]
     together = run(weight=weight, **given, dtype=torch.float32)
-    for rows in batches(72, device):
+    for rows in batches(tokens, device):
         part = run(weight=weight, **{**given, "x": given["x"][rows]}, dtype=torch.float32)
         assert same_bits(part, together[rows])
 
@@ -234,7 +235,7 @@ def test_programs_are_enough_for_every_multiprocessor(name: str) -> None:
     for tokens in (1, 16, 64):
         plan = launches.config(shape.rows, shape.columns, shape.groups, tokens, dtype)
         token_tiles, row_tiles = plan.tiles(tokens, shape.rows, shape.groups)
-        assert token_tiles == 1 and row_tiles * (plan.splits if plan.parallel else 1) >= 128
+        assert token_tiles == 1 and row_tiles * plan.splits >= 128 and plan.parallel == (plan.splits > 1)
         assert (plan.per, plan.splits) == launches.split(shape.rows, shape.columns, shape.groups)
 
 
