@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from weft.kernels.gpu.base import Arch, Choice, Example, Op, arch, check, check_tensor, installed, portable
+from weft.kernels.reference import heads
 from weft.kernels.reference import hyper as reference
 
 # The kernels are written out for so many streams, which is what V4 has.
@@ -134,7 +135,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, implementation: str | Non
     if len(x) == 0:
         return out
     if _is_reference(x, implementation):
-        return out.copy_(reference.rms_norm(x.double(), weight, eps))
+        return out.copy_(heads.rms_norm(x.double(), weight, eps))
     from weft.kernels.triton.hyper import rms_norm as launch
 
     launch(x, weight, eps, out)

@@ -65,7 +65,8 @@ def head(
 
 def gather(h: Tensor, pre: Tensor) -> Tensor:
     """sum over k of pre_k * h_k: [T, hc, D], [T, hc] -> [T, D]."""
-    return torch.einsum("tk,tkd->td", pre, h)
+    out: Tensor = torch.einsum("tk,tkd->td", pre, h)
+    return out
 
 
 def post(h: Tensor, y: Tensor, mix: Tensor) -> Tensor:
@@ -74,8 +75,8 @@ def post(h: Tensor, y: Tensor, mix: Tensor) -> Tensor:
     streams = h.shape[1]
     total = y.double().sum(1).to(h.dtype).double()
     post, comb = mix.double()[:, streams:].split((streams, streams**2), 1)
-    mixed = torch.einsum("tjk,tjd->tkd", comb.unflatten(1, (streams, streams)), h.double())
-    return mixed + post[:, :, None] * total[:, None]
+    out: Tensor = post[:, :, None] * total[:, None]
+    return out + torch.einsum("tjk,tjd->tkd", comb.unflatten(1, (streams, streams)), h.double())
 
 
 def example(
