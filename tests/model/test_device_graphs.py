@@ -16,6 +16,7 @@ from weft.runtime.cache.base import Span
 from weft.runtime.cache.device_pools import DevicePools
 from weft.runtime.cache.sequence import SequenceState
 from weft.runtime.model.batch import Batch
+from weft.runtime.model.cuda import shape
 from weft.runtime.model.cuda.graphs import Graphs
 from weft.runtime.model.cuda.model import DeviceModel
 from weft.runtime.model.verify import TakeBack
@@ -25,6 +26,12 @@ from weft.runtime.model.verify import TakeBack
 def ops() -> Iterator[None]:
     with references():
         yield
+
+
+@pytest.fixture(autouse=True)
+def few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that small steps are padded too."""
+    monkeypatch.setattr(shape, "SIZES", (2, 4, 16, 64))
 
 
 @cache

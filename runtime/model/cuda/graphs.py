@@ -82,6 +82,8 @@ class CudaCapture:
     def __init__(self, device: torch.device) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
+        # The pool lives as long as a graph that was captured with it, and is of no use behind the last one.
+        self._first = self(lambda: torch.zeros(1, device=device))
 
     def __call__(self, run: Callable[[], O]) -> tuple[Callable[[], None], O]:
         graph = torch.cuda.CUDAGraph()

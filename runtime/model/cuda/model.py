@@ -34,7 +34,7 @@ from weft.runtime.model.cuda.weights import DeviceWeights
 _MTP_KINDS: frozenset[LayerKind] = frozenset({"window"})
 # Captured steps of a pool, and of the head: a graph is some megabytes of the driver's memory.
 _MOST_STEPS = 96
-_MOST_HEADS = 16
+_MOST_HEADS = 32
 # Rows of logits from which on the head is not captured: its results would take more memory than its launches time.
 _HEAD_ROWS = 64
 

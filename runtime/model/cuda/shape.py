@@ -13,8 +13,10 @@ from weft.runtime.cache.capacity import C4_TAIL
 from weft.runtime.config import C4, C128, LayerKind
 from weft.runtime.model.batch import Batch
 
-# Sequences of a padded step. From the largest one on, a step is long enough for the host to keep ahead of it.
-SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
+# Sequences of a padded step. Tokens that pad choose experts as others do, whose weights are then read for nothing:
+# while a step reads few experts, there is a size for every number of sequences. From the largest one on, a step is
+# long enough for the host to keep ahead of it.
+SIZES = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 # From so many tokens per sequence on, their keys are gathered once for all of them.
 _PREFILL = 8
 # Columns of lists: rows of them begin at multiples of 64 bytes.
