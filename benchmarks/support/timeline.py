@@ -215,14 +215,15 @@ def _experts(step: Step) -> Iterator[Item]:
 
 
 def rest(step: Step) -> list[Item]:
-    """What a step has once: lists and embeddings, the readout and the head, a token of each row."""
+    """What a step has once: lists and embeddings, the last layer's output spread and kept, the readout and head, a
+    token of each row."""
     c, batch = step.config, step.batch
     streams = c.hc_mult * c.hidden_size
     lists = 4 * batch * (step.rows_of("c4a") + step.rows_of("c128a") + c.sliding_window + 2 * c.qk_rope_head_dim)
     gather = 4 * c.hc_mult * streams + 2 * batch * (streams + c.hidden_size)
     sampled = sampling.least_bytes(batch, c.vocab_size, warm=batch)  # at a temperature above 0
     return [
-        Item("embedding, lists, state", 3, lists + 2 * batch * (c.hidden_size + 3 * streams)),
+        Item("embedding, lists, state", 4, lists + 2 * batch * ((1 + PLACES) * c.hidden_size + 5 * streams)),
         _op(step, "head", "hyper_head", gather),
         _float(step, "head", c.vocab_size, c.hidden_size),
         _op(step, "sampling", "sample_rows", sampled),
