@@ -23,8 +23,9 @@ from support.flashinfer import (
     rows_of,
     settings,
 )
-from weft.kernels.gpu import sampling
+from weft.kernels.gpu import hyper, routing, sampling
 from weft.kernels.gpu.base import installed
+from weft.kernels.gpu.weights import FloatWeight
 from weft.kernels.libraries import flashinfer, flashinfer_hyper, flashinfer_routing, flashinfer_sampling
 
 
@@ -136,6 +137,19 @@ class TestChoices:
         assert sampling.choose("sm90", EVERYTHING, deterministic=False, plain=False).implementation == "triton"
         assert sampling.choose("cpu", EVERYTHING, deterministic=False).implementation == "reference"
 
+    def test_hash_routing_in_fast_mode(self):
+        fast = partial(routing.choose, "sm90", EVERYTHING, hashed=True, deterministic=False)
+        assert str(fast(tokens=routing.MANY)) == (
+            "route: flashinfer (fast mode, experts by token id, 1024 tokens or more)"
+        )
+        assert fast(tokens=routing.MANY - 1).implementation == "triton"
+        assert routing.choose("sm90", EVERYTHING, True, routing.MANY).implementation == "triton"
+        assert routing.choose("sm90", EVERYTHING, False, routing.MANY, False).implementation == "triton"
+        assert routing.choose("sm90", frozenset({"triton"}), True, 4096, False).implementation == "triton"
+
+    def test_hyper_connections_are_ours(self):
+        assert hyper.choose(4, "sm90", EVERYTHING).implementation == "triton"
+
     def test_what_is_installed(self, fresh):
         fresh.setattr(flashinfer, "import_module", built_from({"sampling"}, None))
         fresh.setattr(flashinfer, "which", lambda _: None)
@@ -241,6 +255,25 @@ class TestWhatItIsHanded:
         ids[2] = -1
         experts, weights = flashinfer_routing.hash_routes(scores, table, ids, scaling)
         assert ((experts >= 0) & (experts <= 32)).all() and weights.isfinite().all()
+
+    def test_routes_of_the_wrapper(self, stand_in):
+        _, table, ids, scaling = routes(5, 32, "cpu")
+        ids[1] = -1
+        x, gate = torch.randn(5, 64), FloatWeight.of(torch.randn(32, 64) / 8)
+        call = partial(routing.route, x, gate, None, table, ids, 6, scaling)
+        got, want = call(implementation="flashinfer"), call(implementation="reference")
+        assert torch.equal(got.experts, want.experts)
+        torch.testing.assert_close(got.weights, want.weights)
+
+    def test_a_sublayer_of_the_wrapper(self, stand_in):
+        """Both outputs are bfloat16 of the same values but for a rounding in between: two units."""
+        h, y = (torch.randn(3, n, 64).bfloat16() for n in (4, 2))
+        m, norm = hyper.Mixer(**vars(mixer(64))), torch.rand(64) + 0.5
+        _, mix = hyper.hyper_pre(h, m, norm, implementation="reference")
+        call = partial(hyper.hyper_post_pre, h, y, mix, m, norm)
+        for got, want in zip(call(implementation="flashinfer"), call(implementation="reference"), strict=True):
+            columns = slice(4, None) if got.shape[-1] == 24 else slice(None)  # pre is not given back
+            torch.testing.assert_close(got[..., columns], want[..., columns], atol=2e-2, rtol=2.0**-6)
 
     def test_streams(self, stand_in):
         check_streams(3, 64, "cpu")

@@ -62,7 +62,7 @@ class TestSamplingOnAGpu:
         assert flashinfer_sampling.sample_rows(logits, temperature, keys(64, device)).eq(77).all()
 
     def test_rows_of_the_wrapper(self, real, device):
-        """Rows that are parts of wider ones, every second one greedy, every third one with three tokens allowed."""
+        """Rows that are parts of wider ones, every second one greedy, every third one with a mask of three."""
         logits = torch.randn(66, 5000, device=device)[:, :4000]
         rows = rows_of([0.0, 0.7] * 33, top_k=50, device=device)
         words = torch.zeros(1, 125, dtype=torch.int32, device=device)
