@@ -10,6 +10,7 @@ from torch import Tensor
 
 from weft.kernels.gpu.base import Arch, Choice, Example, Op, arch, check, check_tensor, installed, portable
 from weft.kernels.gpu.expert_weights import Experts, FloatExperts, Fp4Experts, Fp8Experts, ShuffledExperts
+from weft.kernels.gpu.linear import quantise_rows
 from weft.kernels.reference import experts as reference
 
 # Up to as many tokens every program finds its pairs by itself; beyond, they are sorted first.
@@ -36,7 +37,7 @@ def run_experts(
     experts x and the hidden values are rounded to e4m3 per row and 128 columns. Source: DeepSeek-V4's published
     inference code: silu(min(gate, limit)) * clamp(up, -limit, limit) * weight in float32, rounded to x's dtype.
 
-    Two launches up to DECODE_TOKENS tokens. Nothing on the host depends on ids.
+    Two launches up to DECODE_TOKENS tokens, beyond that five. Nothing on the host depends on ids.
     """
     tiles = tiles_for(ids, experts, implementation)
     hidden = open_experts(x, ids, weights, experts, limit, tiles=tiles, implementation=implementation)
@@ -116,13 +117,16 @@ def tiles_for(ids: Tensor, experts: Experts, implementation: str | None = None) 
     if tokens <= DECODE_TOKENS or implementation == "reference":
         return None
     name = None if implementation is None else "triton"
-    return expert_tiles(ids, experts.shape[0], tile_of(tokens, places, experts.shape[0]), implementation=name)
+    most = 64 if isinstance(experts, Fp4Experts | ShuffledExperts) else 128
+    return expert_tiles(
+        ids, experts.shape[0], tile_of(tokens, places, experts.shape[0], most), implementation=name
+    )
 
 
-def tile_of(tokens: int, places: int, count: int) -> int:
+def tile_of(tokens: int, places: int, count: int, most: int) -> int:
     """About as many pairs as an expert has, so that weights are read once and few columns are empty."""
     each = tokens * (places - 1) // (count - 1)
-    return next((size for size in (16, 32, 64) if each <= size), 128)
+    return next((size for size in (16, 32, 64) if each <= size), most)
 
 
 def _launch(
@@ -137,12 +141,16 @@ def _launch(
     *,
     gated: bool,
 ) -> None:
+    """With tiles, x is quantised first: programs of many tokens would do it too often."""
     check(name in _READERS[type(experts)], name, type(experts))
+    scales = None
+    if tiles is not None and not isinstance(experts, FloatExperts):
+        x, scales = quantise_rows(x, implementation="triton")
     if name == "triton_sm100":
         from weft.kernels.triton.experts_sm100 import run as launch
     else:
         from weft.kernels.triton.experts import run as launch
-    launch(out, x, None, ids, weights, experts, limit, tiles, gated=gated)
+    launch(out, x, scales, ids, weights, experts, limit, tiles, gated=gated)
 
 
 # Implementations, besides the reference, that read each kind of weights.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -74,25 +75,32 @@ def matrix(experts: Experts, number: int, name: str) -> Tensor:
         return codes.double() * 2.0 ** (every.double() - 127)
     if isinstance(experts, Fp4Experts):
         every = scales.repeat_interleave(FP4_GROUP, 1)
-        return e2m1_values(unpacked(codes)).double() * 2.0 ** (every.double() - 127)
+        return e2m1_values(unpacked(codes).cpu()).to(codes.device).double() * 2.0 ** (every.double() - 127)
     _, dim, inner = experts.shape
     shape = (2 * inner, dim) if name == "w13" else (dim, inner)
-    return _unshuffled(codes, scales)[: shape[0], : shape[1]]
+    return _unshuffled(codes, getattr(experts, name + "_shifts")[number], scales)[: shape[0], : shape[1]]
 
 
-def _unshuffled(blocks: Tensor, scales: Tensor) -> Tensor:
-    """Codes [blocks, chunks, 64, 64] uint8 and scale words [chunks, rows] of one matrix -> float64."""
-    words = (blocks.unflatten(-1, (-1, 4)).long() << torch.arange(0, 32, 8, device=blocks.device)).sum(-1)
-    out = torch.empty(*words.shape, 2, 4, dtype=torch.int64, device=blocks.device)
-    for j in range(4):
-        out[..., 0, j] = (words >> 4 * j & 7) | (words >> 8 * j + 7 & 1) << 3
-        out[..., 1, j] = (words >> 16 + 4 * j & 7) | (words >> 8 * j + 3 & 1) << 3
-    codes = out.transpose(-3, -2).flatten(-3).transpose(1, 2).flatten(0, 1).flatten(1)  # [rows, 128 chunks]
-    assert blocks.shape[2] == BLOCK
-    word = scales.T.long()
-    shifts = torch.stack([(word >> 8 + 4 * g) & 15 for g in range(4)], -1) + (word & 255)[..., None]
-    every = shifts.flatten(1).repeat_interleave(FP4_GROUP, 1)
-    return e2m1_values(codes).double() * 2.0 ** (every.double() - 127 - 6)
+def _unshuffled(blocks: Tensor, shifts: Tensor, scales: Tensor) -> Tensor:
+    """Codes [blocks, chunks, 4096] uint8, shifts and scales [chunks, rows] of one matrix -> float64."""
+    count, chunks, _ = blocks.shape
+    device = blocks.device
+    words = blocks.view(count, chunks, 64, 16, 4).long()
+    words = (
+        (words << torch.arange(0, 32, 8, device=device)).sum(-1).transpose(1, 2)
+    )  # [blocks, stored, chunks, 16]
+    base = 2.0 ** (scales.T.double().view(count, 64, chunks) - 127 - 6)
+    stored, place = torch.arange(64, device=device), torch.arange(16, device=device)
+    row = 16 * (stored // 8 % 4) + 8 * (stored // 32) + stored % 8
+    shift = shifts.T.long().view(count, 64, chunks, 1)
+    out = torch.empty(count, 64, chunks, GROUP, dtype=torch.float64, device=device)
+    for j, half in itertools.product(range(4), range(2)):
+        column = 32 * (place // 2 % 2) + 16 * (place % 2) + 4 * (place // 4) + j + 64 * half
+        code = (words >> (16 * half + 4 * j) & 7) | (words >> (8 * j + (3 if half else 7)) & 1) << 3
+        lift = 2.0 ** ((shift >> 8 * (column // FP4_GROUP) & 255) // 8).double()
+        values = e2m1_values(code.cpu()).to(device).double() * lift * base[:, row][..., None]
+        out[:, row[:, None], :, column[None, :]] = values.permute(1, 3, 0, 2)
+    return out.flatten(2).flatten(0, 1)
 
 
 def expert_tiles(ids: Tensor, count: int, tile: int) -> tuple[Tensor, Tensor]:
@@ -180,9 +188,8 @@ def random_experts(
     made = []
     for rows, columns in ((2 * inner, dim), (dim, inner)):
         blocks, chunks = -(-rows // BLOCK), -(-columns // GROUP)
-        word = scales(count, chunks, blocks * BLOCK, around=116).int()
-        for place in range(8, 24, 4):
-            word |= scales(count, chunks, blocks * BLOCK, around=11).int() << place
-        made += [codes(count, blocks, chunks, BLOCK, BLOCK), word]
-    w13, w13_scales, w2, w2_scales = made
-    return ShuffledExperts(w13, w13_scales, w2, w2_scales, shared)
+        shifts = codes(count, chunks, blocks * BLOCK, 4)  # 8..12, times 8
+        shifts.bitwise_and_(3).add_(8).mul_(8)
+        made += [codes(count, blocks, chunks, 4096), shifts.view(torch.int32)[..., 0]]
+        made.append(scales(count, chunks, blocks * BLOCK, around=116))
+    return ShuffledExperts(made[0], made[1], made[2], made[3], made[4], made[5], shared)

@@ -21,39 +21,51 @@ def scale_of(byte):
 
 
 @triton.jit
-def tokens_chunk(x, x_scales, row, here, chunk, K: tl.constexpr, CODED: tl.constexpr):
-    """128 columns of rows `row` of x: e4m3 [BN, 128] and scales [BN]; quantised here, unless x is codes."""
+def tokens_chunk(x, x_scales, x_pitch, row, here, chunk, K: tl.constexpr, CODED: tl.constexpr):
+    """128 columns of rows `row` of x: e4m3 [BN, 128] and scales [BN]; quantised here, unless x is codes, with
+    scales [chunks, x_pitch] of all its rows."""
     k = chunk * 128 + tl.arange(0, 128)
     mask = here[:, None] & (k < K)[None, :] if K % 128 else here[:, None]
     at = x + row.to(tl.int64)[:, None] * K + k[None, :]
     if CODED:
         codes = tl.load(at, mask=mask, other=0.0)
-        scale = tl.load(x_scales + row * tl.cdiv(K, 128) + chunk, mask=here, other=0)
-        return codes, scale_of(scale)
+        # Twice, and the larger: a plain [BN] would be loaded by every thread for each of its columns.
+        scale_at = x_scales + tl.cast(chunk, tl.int64) * x_pitch + row[:, None] + tl.arange(0, 2)[None, :] * 0
+        return codes, scale_of(tl.max(tl.load(scale_at, mask=here[:, None], other=0), 1))
     else:
         scaled, byte = quantise(tl.load(at, mask=mask, other=0.0).to(tl.float32), 1, "e4m3", "e8m0", 1e-4)
         return scaled.to(tl.float8e4nv), scale_of(tl.max(byte, 1))
 
 
 @triton.jit
+def add_scaled(total, product, row_scale, token_scale):
+    """total + product * row_scale * token_scale. Powers of two: what is added is exact, fma rounds as + does."""
+    return tl.fma(product, row_scale[:, None] * token_scale[None, :], total)
+
+
+@triton.jit
 def fp8_sums(
-    w, w_scales, row, x, x_scales, xrow, here, N: tl.constexpr, K: tl.constexpr, CODED: tl.constexpr,
+    w, w_scales, row, x, x_scales, x_pitch, xrow, here, N: tl.constexpr, K: tl.constexpr, CODED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """w: one expert's codes [N, K], w_scales [chunks, N]; rows `row` [BM] -> [BM, BN] float32."""
+    CHUNKS: tl.constexpr = (K + 127) // 128
     total = tl.zeros([BM, BN], tl.float32)
-    for chunk in range(0, tl.cdiv(K, 128)):
+    kept = tl.minimum(row, N - 1)  # rows behind the last are not stored
+    scale = tl.load(w_scales + kept)
+    for chunk in range(0, CHUNKS):
+        # The compiler fetches ahead what products take, not scales; it carries a value over one chunk at most.
+        next_scale = tl.load(w_scales + tl.minimum(chunk + 1, CHUNKS - 1) * N + kept)
         k = chunk * 128 + tl.arange(0, 128)
-        at = w + row[:, None] * K + k[None, :]
-        if K % 128 or N % BM:
-            codes = tl.load(at, mask=(row < N)[:, None] & (k < K)[None, :], other=0.0)
-            scale = tl.load(w_scales + chunk * N + row, mask=row < N, other=0)
+        at = w + kept[:, None] * K + k[None, :]
+        if K % 128:
+            codes = tl.load(at, mask=(k < K)[None, :], other=0.0)
         else:
             codes = tl.load(at)
-            scale = tl.load(w_scales + chunk * N + row)
-        tokens, token_scale = tokens_chunk(x, x_scales, xrow, here, chunk, K, CODED)
+        tokens, token_scale = tokens_chunk(x, x_scales, x_pitch, xrow, here, chunk, K, CODED)
         product = tl.dot(codes, tokens.T)
-        total += product * (scale_of(scale)[:, None] * token_scale[None, :])
+        total = add_scaled(total, product, scale_of(scale), token_scale)
+        scale = next_scale
     return total
 
 
@@ -68,7 +80,7 @@ def e2m1_value(code, scale):
 
 @triton.jit
 def fp4_sums(
-    w, w_scales, row, x, x_scales, xrow, here, N: tl.constexpr, K: tl.constexpr, CODED: tl.constexpr,
+    w, w_scales, row, x, x_scales, x_pitch, xrow, here, N: tl.constexpr, K: tl.constexpr, CODED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """w: one expert's e2m1 [N, K/2], w_scales [N, K/32] -> [BM, BN]: the bits that `fp8_sums` gives for the codes
@@ -87,9 +99,9 @@ def fp4_sums(
         lifts = tl.reshape(tl.broadcast_to(lift[:, :, None], [BM, 4, 16]), [BM, 64])
         low, high = e2m1_value(packed & 15, lifts), e2m1_value(packed >> 4, lifts)
         codes = tl.reshape(tl.join(low, high), [BM, 128]).to(tl.float8e4nv)
-        tokens, token_scale = tokens_chunk(x, x_scales, xrow, here, chunk, K, CODED)
+        tokens, token_scale = tokens_chunk(x, x_scales, x_pitch, xrow, here, chunk, K, CODED)
         product = tl.dot(codes, tokens.T)
-        total += product * (scale_of(base)[:, None] * token_scale[None, :])
+        total = add_scaled(total, product, scale_of(base), token_scale)
     return total
 
 
