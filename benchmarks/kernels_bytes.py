@@ -6,7 +6,8 @@ Needs no GPU: Triton interprets the kernels, and each load and store adds the by
 Reads that a cache would serve count in full. Hopper's and Blackwell's own attention kernels cannot be interpreted;
 theirs are counted from their loops. Predicted for an H200 (4.3 TB/s copied, 790 TFLOP/s bf16, measured on one) and
 a B200 (8 TB/s, 2,000, by its datasheet): the larger of bytes over bandwidth and products over rate, plus a launch
-of 2 us, per op and summed per layer of V4-Flash. FlashMLA's published figures stand beside.
+of 2 us, per op and summed per layer of V4-Flash; whole steps are predicted by timeline.py. FlashMLA's published
+figures stand beside.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 
 from support.ops import CASES, Case
 from support.record import record
+from support.step_ops import STEP_CASES
 from weft.kernels.gpu.attention import least_bytes
 from weft.kernels.gpu.base import Pages
 from weft.kernels.gpu.interpreter import install, traffic
@@ -55,11 +57,11 @@ def by_formula() -> dict[str, dict[str, float]]:
     from weft.kernels.triton import attention_sm90, attention_sm100
 
     columns, pool = 640, Pages.empty(1, kv_fp8(64, 448, 64))
-    least = least_bytes(1, columns, 64, pool)
+    least = least_bytes(1, columns, 64, pool, rope=64)
     counts = {
-        "sparse attention, sm_90, an item a block": attention_sm90.moved([columns], 64).total,
-        "sparse attention, sm_90, a list a block": attention_sm90.moved([columns], 64, chunk=5).total,
-        "sparse attention, sm_100": attention_sm100.moved([columns], 64).total,
+        "sparse attention, sm_90, an item a block": attention_sm90.moved([columns], 64, rope=64).total,
+        "sparse attention, sm_90, a list a block": attention_sm90.moved([columns], 64, chunk=5, rope=64).total,
+        "sparse attention, sm_100": attention_sm100.moved([columns], 64, rope=64).total,
     }
     return {
         name: {"moved": total, "least": least, "ratio": round(total / least, 3)} for name, total in counts.items()
@@ -67,19 +69,22 @@ def by_formula() -> dict[str, dict[str, float]]:
 
 
 def predicted(case: Case, ratio: float, batch: int, card: str) -> float:
-    """Microseconds of one call of `batch` rows. Least bytes and products grow with rows."""
+    """Microseconds of one call of `batch` rows. Least bytes and products grow with rows. Attention is two launches."""
     bandwidth, rate = CARDS[card]
     rows = TOKENS[case.phase]
     prepared = case.make(rows, "cpu")
     scale = batch / rows
-    return round(1e6 * (LAUNCH + max(prepared.least * ratio / bandwidth, prepared.flop / rate) * scale), 2)
+    launches = 2 if case.name.startswith("sparse attention") else 1
+    return round(
+        1e6 * (launches * LAUNCH + max(prepared.least * ratio / bandwidth, prepared.flop / rate) * scale), 2
+    )
 
 
 def main() -> None:
     install()
     torch.manual_seed(0)
     counts, times = {}, {}
-    for case in CASES:
+    for case in (*CASES, *STEP_CASES):
         name = f"{case.name} ({case.phase})"
         counts[name] = counted(case)
         print(f"{name:60} {counts[name]}", flush=True)

@@ -22,6 +22,7 @@ import torch
 from support.gpu import ceilings, device, microseconds, sets
 from support.ops import CASES, LONG, Case
 from support.record import record
+from support.step_ops import STEP_CASES
 from weft.kernels.gpu.base import arch_of, installed
 from weft.kernels.gpu.ops import OPS
 from weft.kernels.libraries import deep_gemm, flash_mla
@@ -53,7 +54,7 @@ def main() -> None:
     print(device(), limits, flush=True)
     absent = {name: library.absence() for name, library in LIBRARIES.items()}
     results: dict[str, Any] = {}
-    for case in (*CASES, *LONG):
+    for case in (*CASES, *LONG, *STEP_CASES):
         batches = [b for b in BATCHES[case.phase] if b <= _LARGEST.get(case.name, b)]
         for rows in (batches[0], batches[-1]) if quick else batches:
             row = timed(case, rows, limits)

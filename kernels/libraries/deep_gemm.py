@@ -1,4 +1,5 @@
-"""DeepGEMM's scores of fp8 indexer keys, on Hopper and Blackwell: the package `sgl-deep-gemm`, version 0.1.5.
+"""DeepGEMM's scores of fp8 indexer keys, and its FP8 product: the package `sgl-deep-gemm`, version 0.1.5, on Hopper
+and Blackwell.
 
 It reads the pages that `layouts.keys_fp8(64, 128)` describes as they are. Later versions need a later torch than
 2.11. Kernels are compiled by nvcc at their first call; DG_JIT_CACHE_DIR says where they
@@ -8,6 +9,7 @@ It is never chosen, only named, as benchmarks do. Source: the package's own sign
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -17,6 +19,8 @@ from torch import Tensor
 
 from weft.kernels.gpu.base import Paged
 from weft.kernels.gpu.indexer import GatheredKeys, IndexQuery
+from weft.kernels.gpu.linear import quantise_rows
+from weft.kernels.gpu.weights import GROUP, Fp8Weight
 from weft.kernels.layouts import keys_fp8
 
 VERSION = "0.1.5"
@@ -89,6 +93,25 @@ def ragged_logits(query: IndexQuery, keys: GatheredKeys, start: Tensor, end: Ten
         query.codes, (keys.codes, keys.scales), query.weights, start, end, False, width
     )
     return logits
+
+
+def fp8_gemm(x: Tensor, weight: Fp8Weight) -> Callable[[], Tensor]:
+    """Its dense product of x [T, K], quantised beforehand, with FP8 weights: the bare call, for timing. Its scales
+    are of 128 x 128 weights: of each such block it is given those of the first row."""
+    reason = absence()
+    assert reason is None, reason
+    library = import_module("deep_gemm")
+    codes, scales = quantise_rows(x)
+    rows = (scales.int() << 23).view(torch.float32)
+    rows = library.transform_sf_into_required_layout(rows, len(x), x.shape[1], (1, 128, 128), is_sfa=True)
+    blocks = (weight.scales[:, ::GROUP].T.contiguous().int() << 23).view(torch.float32)
+    out = torch.empty(len(x), weight.shape[0], dtype=torch.bfloat16, device=x.device)
+
+    def run() -> Tensor:
+        library.fp8_gemm_nt((codes, rows), (weight.codes, blocks), out)
+        return out
+
+    return run
 
 
 def _fill(out: Tensor, logits: Tensor, visible: Tensor) -> None:
