@@ -1,12 +1,24 @@
 """FlashInfer on a GPU: whether it keeps the distributions, routes and streams that it is taken for."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from support.flashinfer import SETTINGS, check_routes, check_streams, expected, keys, routes, rows_of, settings
-from weft.kernels.gpu import sampling
+from support.flashinfer import (
+    SETTINGS,
+    check_routes,
+    check_streams,
+    expected,
+    keys,
+    mixer,
+    routes,
+    rows_of,
+    settings,
+)
+from weft.kernels.gpu import hyper, routing, sampling
+from weft.kernels.gpu.weights import FloatWeight
 from weft.kernels.libraries import flashinfer, flashinfer_routing, flashinfer_sampling
 
 
@@ -150,6 +162,17 @@ class TestHashRoutesOnAGpu:
     def test_against_float64(self, real, device, tokens):
         check_routes(*routes(tokens, 256, device))
 
+    def test_routes_of_the_wrapper(self, real, device):
+        """Products of bfloat16 are exact in float32, their sums are not: 2^-12 of a weight covers 4096 terms."""
+        _, table, ids, scaling = routes(2000, 256, device)
+        ids[1] = -1
+        x = torch.randn(2000, 4096, device=device).bfloat16()
+        gate = FloatWeight.of((torch.randn(256, 4096, device=device) / 64).bfloat16())
+        call = partial(routing.route, x, gate, None, table, ids, 6, scaling)
+        got, want = call(implementation="flashinfer"), call(implementation="reference")
+        assert torch.equal(got.experts, want.experts)
+        torch.testing.assert_close(got.weights, want.weights, rtol=2.0**-12, atol=0)
+
     def test_a_row_alone_has_the_same_bits(self, real, device):
         scores, table, ids, scaling = routes(37, 256, device)
         whole = flashinfer_routing.hash_routes(scores, table, ids, scaling)
@@ -162,3 +185,17 @@ class TestHashRoutesOnAGpu:
 @pytest.mark.parametrize(("tokens", "dim"), [(1, 4096), (65, 7168), (5, 64), (512, 4096)])
 def test_streams_on_a_gpu(real, device, tokens, dim):
     check_streams(tokens, dim, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("real", ["mhc"], indirect=True)
+def test_a_sublayer_of_the_wrapper(real, device):
+    """What both gather is rounded once more by the library before the norm, and a value of the streams may be
+    rounded the other way: two units of bfloat16 of values of about 1 and of some times that."""
+    h, y = (torch.randn(70, n, 4096, device=device).bfloat16() for n in (4, 7))
+    m, norm = hyper.Mixer(**vars(mixer(4096, device))), torch.rand(4096, device=device) + 0.5
+    _, mix = hyper.hyper_pre(h, m, norm)
+    call = partial(hyper.hyper_post_pre, h, y, mix, m, norm)
+    for got, want in zip(call(implementation="flashinfer"), call(implementation="triton"), strict=True):
+        columns = slice(4, None) if got.shape[-1] == 24 else slice(None)  # pre is not given back
+        torch.testing.assert_close(got[..., columns], want[..., columns], atol=2e-2, rtol=2.0**-6)
