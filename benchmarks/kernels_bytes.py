@@ -69,7 +69,7 @@ def by_formula() -> dict[str, dict[str, float]]:
 
 
 def predicted(case: Case, ratio: float, batch: int, card: str) -> float:
-    """Microseconds of one call of `batch` rows. Least bytes and products grow with rows. Attention is two launches."""
+    """Microseconds of one call of `batch` rows. Bytes and products grow with rows; attention is two launches."""
     bandwidth, rate = CARDS[card]
     rows = TOKENS[case.phase]
     prepared = case.make(rows, "cpu")
@@ -88,7 +88,7 @@ def main() -> None:
         name = f"{case.name} ({case.phase})"
         counts[name] = counted(case)
         print(f"{name:60} {counts[name]}", flush=True)
-        if case.phase != "rare":
+        if case in CASES and case.phase != "rare":
             times[name] = {
                 card: {f"b={b}": predicted(case, counts[name]["ratio"], b, card) for b in (1, 32, 256)}
                 for card in CARDS

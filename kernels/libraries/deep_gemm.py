@@ -1,5 +1,5 @@
-"""DeepGEMM's scores of fp8 indexer keys, and its FP8 product: the package `sgl-deep-gemm`, version 0.1.5, on Hopper
-and Blackwell.
+"""DeepGEMM's scores of fp8 indexer keys, and its FP8 product, on Hopper and Blackwell: the package
+`sgl-deep-gemm`, version 0.1.5.
 
 It reads the pages that `layouts.keys_fp8(64, 128)` describes as they are. Later versions need a later torch than
 2.11. Kernels are compiled by nvcc at their first call; DG_JIT_CACHE_DIR says where they
