@@ -81,7 +81,11 @@ def _build_failure(module: str) -> str | None:
     """Why there is neither a prebuilt object of a module nor a way to build one."""
     source, function = MODULES[module]
     describe: Callable[[], Any] = getattr(import_module(source), function)
-    if describe().is_aot:
+    try:
+        prebuilt = describe().is_aot
+    except RuntimeError as error:  # what it says of a toolkit that is too old for the GPU
+        return f"{_PACKAGE} refuses to build {module}: {error}"
+    if prebuilt:
         return None
     missing = [tool for tool in ("ninja", "c++") if which(tool) is None]
     if not _has_nvcc():

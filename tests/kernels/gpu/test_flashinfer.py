@@ -110,6 +110,15 @@ class TestAbsence:
             "and to build it there is no nvcc and no ninja and no c++"
         )
 
+    def test_it_has_objections_of_its_own(self, fresh):
+        def refuse():
+            raise RuntimeError("SM 120 requires CUDA >= 12.8")
+
+        fresh.setattr(flashinfer, "import_module", lambda _: SimpleNamespace(gen_mhc_module=refuse))
+        assert flashinfer.absence("mhc") == (
+            "flashinfer-python refuses to build mhc: SM 120 requires CUDA >= 12.8"
+        )
+
     def test_a_compiler_will_do(self, fresh, tmp_path):
         fresh.setattr(flashinfer, "import_module", built_from(set(), str(tmp_path)))
         fresh.setattr(flashinfer, "which", lambda name: f"/bin/{name}")
