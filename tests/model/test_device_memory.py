@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
-from support.device import DEVICE, pair
+from support.device import DEVICE, checkpoint, on_stored, pair
 from weft.runtime.cache.capacity import Capacity, PoolSizes
-from weft.runtime.config import preset
+from weft.runtime.config import ModelConfig, preset
 from weft.runtime.errors import ConfigError
 from weft.runtime.model.cuda.memory import MemoryPlan
 
@@ -30,6 +31,32 @@ def test_weights_are_those_of_the_release() -> None:
     assert sum(plan("pro", "fp4").weights.values()) == pytest.approx(860e9, rel=0.05)
     parts = {name for name in flash.weights if flash.weights[name] != wide.weights[name]}
     assert parts == {"routed experts", "MTP block"}
+
+
+def held(thing: object, found: dict[int, int] | None = None) -> int:
+    """Bytes of all weights below an object, each once; counters that kernels keep beside them are none."""
+    found = {} if found is None else found
+    if isinstance(thing, torch.Tensor):
+        storage = thing.untyped_storage()
+        found[storage.data_ptr()] = storage.nbytes()
+    elif isinstance(thing, (list, tuple)):
+        for part in thing:
+            held(part, found)
+    elif type(thing).__module__.startswith("weft.") and not isinstance(thing, ModelConfig):
+        for name, part in vars(thing).items():
+            if name not in ("locks", "rope"):
+                held(part, found)
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("experts", ["fp8", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_what_a_model_holds(experts: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    found = checkpoint(tmp_path, 0, 0, 4, 128)
+    model = on_stored(found, dtype, experts=experts)
+    capacity = Capacity(found.config, PoolSizes(), 4 if dtype == torch.float32 else 2, "fp8", "fp8")
+    planned = sum(MemoryPlan(capacity, 512, experts).weights.values())  # type: ignore[arg-type]
+    assert held(model) == pytest.approx(planned, rel=0.02)
 
 
 def test_pools_are_what_they_allocate() -> None:

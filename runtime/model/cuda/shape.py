@@ -16,7 +16,8 @@ from weft.runtime.model.batch import Batch
 # Sequences of a padded step. Tokens that pad choose experts as others do, whose weights are then read for nothing:
 # while a step reads few experts, there is a size for every number of sequences. From the largest one on, a step is
 # long enough for the host to keep ahead of it.
-SIZES = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+_DENSE = 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32
+SIZES: tuple[int, ...] = (*_DENSE, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 # From so many tokens per sequence on, their keys are gathered once for all of them.
 _PREFILL = 8
 # Columns of lists: rows of them begin at multiples of 64 bytes.
