@@ -162,6 +162,11 @@ def _warps(dim: int) -> int:
     return 4 if dim <= 4096 else 8
 
 
+def _group(tokens: int) -> int:
+    """Matrices of a program. One costs what all of its lanes cost, but their sums are added one after the other."""
+    return 1 if tokens <= 512 else 4 if tokens <= 2048 else 16
+
+
 def _mix_constants(tokens: int, dim: int, parts: int, rows: int) -> dict[str, int]:
     block = _BLOCK
     return {
@@ -186,8 +191,7 @@ def _finish_constants(tokens: int, dim: int, rows: int, iterations: int) -> dict
         "BLOCKS": blocks,
         "PADDED": triton.next_power_of_2(blocks),
         "ITERATIONS": iterations,
-        # A lane each where there are many, since each costs what one does.
-        "GROUP": 1 if tokens <= _MANY * _TILE else 16,
+        "GROUP": _group(tokens),
     }
 
 

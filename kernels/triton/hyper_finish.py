@@ -199,16 +199,16 @@ def finish(
     GROUP: tl.constexpr,
 ):
     """Programs of matrices first, which take longest; then one a token. ROWS = 4: no matrices."""
+    program = tl.program_id(0)
     groups = 0
     if ROWS > 4:
         groups = tl.cdiv(tokens, GROUP)
-    program = tl.program_id(0)
-    if program < groups:
-        matrices(
-            program, partial, base, scale, mix, tokens, norm_eps, hc_eps, D, ROWS, COLS, BLOCKS, PADDED,
-            ITERATIONS, GROUP,
-        )  # fmt: skip
-    else:
+        if program < groups:
+            matrices(
+                program, partial, base, scale, mix, tokens, norm_eps, hc_eps, D, ROWS, COLS, BLOCKS, PADDED,
+                ITERATIONS, GROUP,
+            )  # fmt: skip
+    if program >= groups:
         token = (program - groups).to(tl.int64)
         gather(
             token, partial, h, norm, base, scale, x, mix, norm_eps, hc_eps, D, WIDTH, ROWS, COLS, BLOCKS, PADDED

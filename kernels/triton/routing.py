@@ -23,6 +23,7 @@ _EXPERTS = 32
 _WARPS = 4
 # Spans are added in groups of four, and the groups then: so a program may have a span, a group, or all of them.
 _GROUP = 4
+_MANY = 512
 _LINE = 128
 _SLOTS = 32
 _LOWEST = tl.constexpr(-0x80000000)
@@ -239,10 +240,10 @@ def _constants(tokens: int, experts: int, dim: int, k: int, *, exact: bool, hash
         "D": dim,
         "K": k,
         "BM": _EXPERTS,
-        "BN": 16 if tokens <= 64 or not exact else 64 if dim <= 4096 else 32,
+        "BN": 16 if tokens <= _MANY or not exact else 64 if dim <= 4096 else 32,
         "SPAN": span,
         "SPANS": spans,
-        "PARTS": spans if tokens <= 4 else triton.cdiv(spans, _GROUP) if tokens <= 64 else 1,
+        "PARTS": spans if tokens <= 4 else triton.cdiv(spans, _GROUP) if tokens <= _MANY else 1,
         "GROUP": _GROUP,
         # A warp each where there are few; where there are more, as many as registers hold scores of.
         "ROWS": 4 if tokens <= 4 or lines > 2 else 8,
