@@ -11,24 +11,10 @@ from weft.kernels.triton.linear_parts import add_splits, inverse_rms, load_token
 
 @triton.jit
 def _columns(
-    x,
-    norm,
-    weight,
-    inverse,
-    rows,
-    keep,
-    row_first,
-    row_end,
-    first,
-    last,
-    R: tl.constexpr,
-    K: tl.constexpr,
-    NORM: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
+    x, norm, weight, inverse, rows, keep, row_first, row_end, first, last,
+    R: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     STAGES: tl.constexpr,
-):
+):  # fmt: skip
     """Sum over columns first..last-1 of K, in steps of BK: [BM, BN] float32."""
     row = row_first + tl.arange(0, BM)
     column = tl.arange(0, BK)
@@ -49,29 +35,10 @@ def _columns(
 
 @triton.jit(do_not_specialize=["tokens", "token_tiles"])
 def float_linear(
-    x,
-    norm,
-    weight,
-    partial,
-    locks,
-    out,
-    tokens,
-    token_tiles,
-    x_stride,
-    group_stride,
-    out_stride,
-    eps,
-    R: tl.constexpr,
-    K: tl.constexpr,
-    PER: tl.constexpr,
-    SPLITS: tl.constexpr,
-    PARALLEL: tl.constexpr,
-    NORM: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    x, norm, weight, partial, locks, out, tokens, token_tiles, x_stride, group_stride, out_stride, eps,
+    R: tl.constexpr, K: tl.constexpr, PER: tl.constexpr, SPLITS: tl.constexpr, PARALLEL: tl.constexpr,
+    NORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Programs and splits as in `fp8_linear`; a split has PER times 128 columns."""
     TILES: tl.constexpr = (R + BM - 1) // BM
     program = tl.program_id(0)
@@ -108,21 +75,9 @@ def float_linear(
 
 @triton.jit(do_not_specialize=["tokens"])
 def quantise_rows(
-    x,
-    norm,
-    codes,
-    scales,
-    tokens,
-    x_stride,
-    group_stride,
-    scale_pitch,
-    eps,
-    K: tl.constexpr,
-    GROUPS: tl.constexpr,
-    NORM: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-):
+    x, norm, codes, scales, tokens, x_stride, group_stride, scale_pitch, eps,
+    K: tl.constexpr, GROUPS: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
     """Program (t, c, g): ROWS tokens, CHUNKS chunks of 128 columns, of group g. codes [T, GROUPS, K], scales
     [GROUPS, chunks, scale_pitch]."""
     ALL: tl.constexpr = (K + 127) // 128

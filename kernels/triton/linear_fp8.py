@@ -19,29 +19,11 @@ from weft.kernels.triton.linear_parts import (
 
 @triton.jit
 def _chunks(
-    x,
-    x_scales,
-    norm,
-    codes,
-    scales,
-    inverse,
-    rows,
-    keep,
-    token_first,
-    scale_pitch,
-    group,
-    row_first,
-    first,
+    x, x_scales, norm, codes, scales, inverse, rows, keep, token_first, scale_pitch, group, row_first, first,
     last,
-    R: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    NORM: tl.constexpr,
-    QUANTISED: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    R: tl.constexpr, N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, QUANTISED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Sum of the products of chunks first..last-1 of K: [BM, BN] float32."""
     CHUNKS: tl.constexpr = (K + 127) // 128
     row = row_first + tl.arange(0, BM)
@@ -76,33 +58,12 @@ def _chunks(
 
 @triton.jit(do_not_specialize=["tokens", "token_tiles"])
 def fp8_linear(
-    x,
-    x_scales,
-    norm,
-    codes,
-    scales,
-    partial,
-    locks,
-    out,
-    tokens,
-    token_tiles,
-    x_stride,
-    group_stride,
-    scale_pitch,
-    out_stride,
-    eps,
-    R: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    PER: tl.constexpr,
-    SPLITS: tl.constexpr,
-    PARALLEL: tl.constexpr,
-    NORM: tl.constexpr,
-    QUANTISED: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    x, x_scales, norm, codes, scales, partial, locks, out, tokens, token_tiles, x_stride, group_stride,
+    scale_pitch, out_stride, eps,
+    R: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PER: tl.constexpr, SPLITS: tl.constexpr,
+    PARALLEL: tl.constexpr, NORM: tl.constexpr, QUANTISED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     STAGES: tl.constexpr,
-):
+):  # fmt: skip
     """Program: (tile of rows, tile of tokens, split of K), the split fastest; without PARALLEL all splits in turn.
 
     R rows of weights belong to a group, N in all; a split has PER chunks of 128. QUANTISED: x holds codes, and
