@@ -9,6 +9,8 @@ matrices meanwhile, one token a lane: nothing in the launch waits for them."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -163,7 +165,7 @@ def _warps(dim: int) -> int:
 
 
 def _group(tokens: int) -> int:
-    """Matrices of a program. One costs what all of its lanes cost, but their sums are added one after the other."""
+    """Matrices of a program: one costs what all its lanes cost, but their sums are added one after the other."""
     return 1 if tokens <= 512 else 4 if tokens <= 2048 else 16
 
 
@@ -208,36 +210,46 @@ def aot() -> tuple[AotCase, ...]:
             cases.append(
                 _finish_case(f"hyper_finish_{model}_{name}", _finish_constants(tokens, dim, rows, iterations))
             )
+        post = {"D": dim, "PARTS": 7, "TILE": _TILE, "BLOCK": _BLOCK}
+        pointers = {"h": "*bf16", "y": "*bf16", "mix": "*fp32", "out": "*bf16"}
+        cases.append(_case(f"hyper_post_{model}", _post, pointers, {"tokens": "i32"}, post, _MIX_WARPS))
+        row = {"D": dim, "WIDTH": triton.next_power_of_2(dim)}
+        given = {"x": "*bf16", "stride": "i32", "weight": "*fp32", "eps": "fp32", "out": "*bf16"}
+        cases.append(_case(f"rms_norm_{model}", _rms_norm, given, {}, row, _warps(dim)))
     return tuple(cases)
 
 
-_PLAIN = {"enable_fp_fusion": False}
-
-
 def _mix_case(name: str, constants: dict[str, int]) -> AotCase:
-    signature = {"h": "*bf16", "y": "*bf16", "mix": "*fp32", "out": "*bf16", "fn": "*fp32", "partial": "*fp32"}
-    full = signature | {"tokens": "i32"} | dict.fromkeys(constants, "constexpr")
-    products = (r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16", r"ld\.global(\.\w+)*\.v4")
-    expect = {"sm90": products, "sm100": products}
-    aligned = tuple(signature)
-    return AotCase(name, _mix, full, constants, _MIX_WARPS, expect=expect, aligned=aligned, options=_PLAIN)
+    pointers = {"h": "*bf16", "y": "*bf16", "mix": "*fp32", "out": "*bf16", "fn": "*fp32", "partial": "*fp32"}
+    product = r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16"
+    return _case(name, _mix, pointers, {"tokens": "i32"}, constants, _MIX_WARPS, product)
 
 
 def _finish_case(name: str, constants: dict[str, int]) -> AotCase:
-    signature = {"partial": "*fp32", "h": "*bf16", "norm": "*fp32", "base": "*fp32", "scale": "*fp32"}
-    signature |= {"x": "*bf16", "mix": "*fp32"}
-    full = (
-        signature | {"tokens": "i32", "norm_eps": "fp32", "hc_eps": "fp32"} | dict.fromkeys(constants, "constexpr")
-    )
-    wide = (r"ld\.global(\.\w+)*\.v4", r"st\.global(\.\w+)*\.v4")
-    aligned = tuple(signature)
+    pointers = {"partial": "*fp32", "h": "*bf16", "norm": "*fp32", "base": "*fp32", "scale": "*fp32"}
+    pointers |= {"x": "*bf16", "mix": "*fp32"}
+    numbers = {"tokens": "i32", "norm_eps": "fp32", "hc_eps": "fp32"}
+    wide = r"st\.global(\.\w+)*\.v4"
+    return _case(name, finish, pointers, numbers, constants, _warps(constants["D"]), wide)
+
+
+def _case(
+    name: str,
+    kernel: Any,
+    pointers: dict[str, str],
+    numbers: dict[str, str],
+    constants: dict[str, int],
+    warps: int,
+    *expected: str,
+) -> AotCase:
+    expected = (*expected, r"ld\.global(\.\w+)*\.v[24]")
     return AotCase(
         name,
-        finish,
-        full,
+        kernel,
+        pointers | numbers | dict.fromkeys(constants, "constexpr"),
         constants,
-        _warps(constants["D"]),
-        expect={"sm90": wide, "sm100": wide},
-        aligned=aligned,
-        options=_PLAIN,
+        warps,
+        expect={"sm90": expected, "sm100": expected},
+        aligned=tuple(name for name, kind in pointers.items() if kind != "fp32"),
+        options={"enable_fp_fusion": False},
     )
