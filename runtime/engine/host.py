@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -13,6 +14,7 @@ import msgspec
 import torch
 
 from weft.kernels.gpu.base import arch_of
+from weft.runtime.cache.device_pools import DevicePools
 from weft.runtime.checkpoint.reader import Checkpoint
 from weft.runtime.config import ModelConfig
 from weft.runtime.engine import messages as m
@@ -67,6 +69,16 @@ def _plan_memory(model: ModelConfig, config: EngineConfig, experts: ExpertFormat
     plan.check(free)
 
 
+def _capture(core: Core) -> None:
+    """Capture decode steps now, so that no request waits for it."""
+    from weft.runtime.model.cuda.model import DeviceModel
+
+    if isinstance(core.model, DeviceModel) and isinstance(core.pools, DevicePools):
+        started = time.perf_counter()
+        held, seconds = core.model.prepare(core.pools), time.perf_counter() - started
+        print(f"weft: {held} decode steps captured in {seconds:.1f} s", file=sys.stderr, flush=True)
+
+
 def check_device(config: EngineConfig) -> None:
     """Raises `ConfigError` if this machine lacks what the device needs."""
     check_driver(config)
@@ -119,5 +131,8 @@ def serve(pipe: Connection, path: Path, config: EngineConfig) -> None:
         flush()
 
     model = load_model(path, config, progress)
-    run_core(core_maker(model, Tokenizer.load(path), config)(events.append), receive)
+    core = core_maker(model, Tokenizer.load(path), config)(events.append)
+    if config.device == "cuda" and config.graphs:
+        _capture(core)
+    run_core(core, receive)
     flush()

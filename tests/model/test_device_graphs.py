@@ -148,6 +148,19 @@ def test_few_steps_are_held_for_many() -> None:
     assert len(padded._steps) == before - 1, "graphs go with the pools they were captured over"
 
 
+def test_steps_are_prepared_on_nothing() -> None:
+    """Nobody's state is touched, and no decode step is new afterwards."""
+    padded, exact = (Run(model, (40, 9, 70)) for model in models())
+    assert padded.model.prepare(padded.pools) == len(padded.model._steps[padded.pools])
+    before = len(padded.model._steps[padded.pools])
+    for a, b in zip(padded.memory(), exact.memory(), strict=True):
+        assert torch.equal(a, b)
+    for which in ((0,), (0, 1, 2), (1, 2)):
+        assert torch.equal(padded.decode(which), exact.decode(which))
+    assert len(padded.model._steps[padded.pools]) == before
+    assert exact.model.prepare(exact.pools) == 0
+
+
 # -- what runs them ------------------------------------------------------------------------------------
 
 

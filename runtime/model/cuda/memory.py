@@ -27,7 +27,7 @@ _SCORES = 256 << 20
 _PARTIAL = 256 << 20
 # A captured layer's nodes, in the driver's memory, and how many graphs are held; code and stacks of kernels.
 _GRAPHED_LAYER = 96 << 10
-_GRAPHS = 128
+_GRAPHS = 224
 _DRIVER = 512 << 20
 # Rows of the largest step that is captured, and of logits at a time.
 _ROWS = 512

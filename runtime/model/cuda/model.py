@@ -26,14 +26,14 @@ from weft.runtime.model.cuda.graphs import CudaCapture, Graphs
 from weft.runtime.model.cuda.linear import project
 from weft.runtime.model.cuda.memory import ExpertFormat
 from weft.runtime.model.cuda.readout import MtpBlock, Readout
-from weft.runtime.model.cuda.shape import StepShape, padded, size_of
+from weft.runtime.model.cuda.shape import SIZES, StepShape, decodes, padded, size_of
 from weft.runtime.model.cuda.side import Side
-from weft.runtime.model.cuda.step import DeviceStep, host_input
+from weft.runtime.model.cuda.step import DeviceStep, host_input, idle_input
 from weft.runtime.model.cuda.weights import DeviceWeights
 
 _MTP_KINDS: frozenset[LayerKind] = frozenset({"window"})
 # Captured steps of a pool, and of the head: a graph is some megabytes of the driver's memory.
-_MOST_STEPS = 96
+_MOST_STEPS = 192
 _MOST_HEADS = 32
 # Rows of logits from which on the head is not captured: its results would take more memory than its launches time.
 _HEAD_ROWS = 64
@@ -227,7 +227,21 @@ class DeviceModel:
         if shape is None:
             step = DeviceStep.of(batch, ids, self.rope, kinds, self._side)
             return _Outputs(run(step, h), step.folds)
-        host = host_input(batch, ids, shape)
+        out = self._replayed(name, host_input(batch, ids, shape), shape, pools, run, h)
+        return _Outputs(out.h[: batch.tokens].clone(), out.folds)
+
+    def _replayed(
+        self,
+        name: str,
+        host: Tensor,
+        shape: StepShape,
+        pools: DevicePools,
+        run: Callable[[DeviceStep, Tensor | None], Tensor],
+        h: Tensor | None,
+    ) -> _Outputs:
+        def inputs() -> _Inputs:
+            streams = None if h is None else h.new_zeros(shape.tokens, *h.shape[1:])
+            return _Inputs(torch.empty_like(host, device=self.device), streams)
 
         def fill(inputs: _Inputs) -> None:
             inputs.given.copy_(host, non_blocking=True)
@@ -239,9 +253,18 @@ class DeviceModel:
             return _Outputs(run(step, inputs.h), step.folds)
 
         graphs = self._steps.setdefault(pools, Graphs(self._capture, _MOST_STEPS))
-        out = graphs.run((name, shape), lambda: self._inputs(host, shape, h), fill, function)
-        return _Outputs(out.h[: batch.tokens].clone(), out.folds)
+        return graphs.run((name, shape), inputs, fill, function)
 
-    def _inputs(self, host: Tensor, shape: StepShape, h: Tensor | None) -> _Inputs:
-        streams = None if h is None else h.new_zeros(shape.tokens, *h.shape[1:])
-        return _Inputs(torch.empty_like(host, device=self.device), streams)
+    @torch.inference_mode()
+    def prepare(self, pools: DevicePools) -> int:
+        """Run and capture every step of one token a sequence for pools that nobody uses yet, on tokens that only
+        pad, so that none is captured while requests wait. Returns how many steps are held."""
+        if not self._pads:
+            return 0
+        for shape in decodes(pools, self._kinds, pools.sizes.slots):
+            self._replayed("forward", idle_input(shape, self.device), shape, pools, self._backbone, None)
+        streams = pools.streams.new_zeros(_HEAD_ROWS, *pools.streams.shape[1:])
+        for size in SIZES:
+            if size <= min(_HEAD_ROWS, pools.sizes.slots):
+                self.logits(streams[:size])
+        return len(self._steps[pools])

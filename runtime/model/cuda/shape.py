@@ -6,10 +6,11 @@ What a row becomes does not depend on any of these sizes: kernels split a row's 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from weft.runtime.cache.capacity import C4_TAIL
+from weft.runtime.cache.pools import Pools
 from weft.runtime.config import C4, C128, LayerKind
 from weft.runtime.model.batch import Batch
 
@@ -73,22 +74,42 @@ def padded(batch: Batch, kinds: Collection[LayerKind]) -> StepShape | None:
     rows, sequences = int(batch.counts.max()), len(batch.spans)
     if batch.replays or rows > C4_TAIL or sequences > SIZES[-1]:
         return None
-    pools, config = batch.pools, batch.pools.config
-    page, held = pools.sizes.page, size_of(sequences)
-    positions = config.sliding_window - 1 + rows
-    # Up to this context a token sees all c4a entries; then it doubles, for the indexer's scores and for tables.
-    context, longest = C4 * config.index_topk, int(batch.ends.max())
-    while context < longest:
-        context *= 2
+    longest = int(batch.ends.max())
+    context = next(context for context in contexts(batch.pools) if context >= longest)
+    size = size_of(-(-batch.tokens // rows))
+    return _padded(batch.pools, kinds, rows * size, size_of(sequences), context, rows, batch.folds is not None)
+
+
+def decodes(pools: Pools, kinds: Collection[LayerKind], sequences: int) -> Iterator[StepShape]:
+    """The padded shapes of all steps of one token each for up to so many sequences, large ones first."""
+    for size in reversed(SIZES[: bisect_left(SIZES, min(sequences, SIZES[-1])) + 1]):
+        for context in reversed(contexts(pools) if {"c4a", "c128a"} & {*kinds} else (1,)):
+            yield _padded(pools, kinds, size, size, context, 1, False)
+
+
+def contexts(pools: Pools) -> tuple[int, ...]:
+    """Lengths of the longest sequence that padded steps are made for. Up to the first, a token sees all c4a
+    entries; then lists, tables and the indexer's scores have room for up to four times what is needed."""
+    found, most = [C4 * pools.config.index_topk], pools.sizes.context + C4_TAIL
+    while found[-1] < most:
+        found.append(min(4 * found[-1], most))
+    return tuple(found)
+
+
+def _padded(
+    pools: Pools, kinds: Collection[LayerKind], tokens: int, held: int, context: int, rows: int, drafts: bool
+) -> StepShape:
+    page = pools.sizes.page
+    positions = pools.config.sliding_window - 1 + rows
     return StepShape(
-        rows * size_of(-(-batch.tokens // rows)),
+        tokens,
         held,
         window_pages=-(-(positions - 1) // page) + 1,
         **_of_context(context, page, kinds),
         c4_entries=held * -(-rows // C4) if "c4a" in kinds else 0,
         c128_entries=held if "c128a" in kinds else 0,
         gathered=None,
-        drafts=batch.folds is not None,
+        drafts=drafts,
     )
 
 

@@ -76,6 +76,14 @@ def host_input(batch: Batch, ids: Tensor, shape: StepShape) -> Tensor:
     return host
 
 
+def idle_input(shape: StepShape, device: torch.device) -> Tensor:
+    """Of a step of which every token and sequence pads: it touches the state of nobody."""
+    host = layout(shape).host(device)
+    to = layout(shape).arrays(host)
+    to["ids"][:], to["numbers"][4] = -1, -1
+    return host
+
+
 def _window(batch: Batch, first: Index, pages: Numbers) -> None:
     """The pages of each sequence's window, from the first that it needs on."""
     page, table, slots = batch.pools.sizes.page, batch.pools.tables["window"].numpy(), batch.slots
