@@ -50,7 +50,7 @@ def adjust_kernel(
     tl.debug_barrier()
     found = 1
     if MASKS:
-        if held:
+        if held >= 0:
             x = tl.load(copies + column, mask=valid, other=float("-inf"))
             finite = valid & (tl.abs(x) < float("inf")) & is_allowed(words, held, column, valid)
             found = tl.max(finite.to(tl.int32))

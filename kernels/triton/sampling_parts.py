@@ -40,18 +40,18 @@ def row_source(logits, stride, copies, edit_slots, left, row, blocks, BLOCK: tl.
 
 @triton.jit
 def row_mask(words, mask_slots, row, width, MASKS: tl.constexpr):
-    """(the row's words, whether it has any)."""
-    held = False
+    """(the row's words, -1 if it has none)."""
+    held = -1
     if MASKS:
-        slot = tl.load(mask_slots + row)
-        held = slot >= 0
-        words += tl.maximum(slot, 0).to(tl.int64) * tl.cdiv(width, 32)
+        held = tl.load(mask_slots + row)
+        words += tl.maximum(held, 0).to(tl.int64) * tl.cdiv(width, 32)
     return words, held
 
 
 @triton.jit
 def is_allowed(words, held, column, valid):
-    word = tl.load(words + (column >> 5), mask=valid & held, other=-1)
+    asked = valid & (held + tl.zeros_like(column) >= 0)
+    word = tl.load(words + (column >> 5), mask=asked, other=-1)
     return ((word >> (column & 31)) & 1) != 0
 
 

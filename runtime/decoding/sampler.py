@@ -1,4 +1,7 @@
-"""Choose the next token of each row; rows do not influence each other."""
+"""Choose the next token of each row; rows do not influence each other.
+
+Logits on the host are drawn from here, others where they are (`decoding.device_sampler`).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from weft.runtime.decoding.params import SamplingParams
 
 NEG_INF = float("-inf")
 # The least normal float32: as one, a lower temperature would be 0.
-_COLDEST = 2.0**-126
+COLDEST = 2.0**-126
 
 
 @dataclass
@@ -50,9 +53,18 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...]
 
 
+def on_device(logits: Tensor) -> bool:
+    """Whether they are drawn from where they are, by a module that imports this one."""
+    return logits.device.type != "cpu"
+
+
 def sample(logits: Tensor, draws: Sequence[Draw], purpose: int = SAMPLE) -> list[int]:
     """logits: [B, V] float32, not modified -> one token id per row. Ties go to the lower id.
     purpose: of the noise (`decoding.noise`)."""
+    if on_device(logits):
+        from weft.runtime.decoding import device_sampler
+
+        return device_sampler.sample(logits, draws, purpose)
     scores = _adjust(logits, draws)
     warm = [i for i, draw in enumerate(draws) if draw.params.temperature > 0]
     if warm:
@@ -69,7 +81,11 @@ def sample(logits: Tensor, draws: Sequence[Draw], purpose: int = SAMPLE) -> list
 
 
 def distribution(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """[B, V] float64 probabilities that `sample` draws from, but for `Draw.refused`."""
+    """[B, V] float64 probabilities that `sample` draws from, but for `Draw.refused`; beside the logits."""
+    if on_device(logits):
+        from weft.runtime.decoding import device_sampler
+
+        return device_sampler.distribution(logits, draws)
     scores = _adjust(logits, draws)
     table = torch.zeros(scores.shape, dtype=torch.float64)
     table[torch.arange(len(draws)), torch.tensor(_first_argmax(scores))] = 1
@@ -88,7 +104,7 @@ def _excess(scores: Tensor, refused: Tensor) -> Tensor:
 
 def _scaled(scores: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Adjusted scores of rows that are not greedy, over their temperature and filtered."""
-    temperature = torch.tensor([max(d.params.temperature, _COLDEST) for d in draws])
+    temperature = torch.tensor([max(d.params.temperature, COLDEST) for d in draws])
     # Differences to the best, so that dividing by next to nothing leaves it at 0 and the others at -inf.
     best = scores.amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
     return _filter((scores - best) / temperature[:, None], draws)
@@ -100,6 +116,10 @@ def logprobs(
     """Log-probabilities of `tokens` and of the `top[i]` best alternatives of each row of logits [B, V].
 
     defined: only lower ids are alternatives; their log-probabilities are still those among all V."""
+    if on_device(logits):
+        from weft.runtime.decoding import device_sampler
+
+        return device_sampler.logprobs(logits, tokens, top, defined)
     table = torch.log_softmax(logits, dim=-1)
     own = table.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
     out = []

@@ -267,18 +267,16 @@ class GenerateCall(Call):
         self._drafted += count
         self._accepted += right
 
-    def drawn(self, token: int, logits: Tensor) -> m.Delta | None:
-        """Take the sampled token into the history; returns what may be shown of it."""
+    def drawn(self, token: int, entry: TokenLogprob | None) -> m.Delta | None:
+        """Take the sampled token, and its log-probabilities if asked for, into the history; returns what
+        may be shown of it."""
         if not self._tokens:
             self._first_token = time.monotonic() - self.submitted
         self.refused = None
         self.sequence.tokens.append(token)
         self._tokens.append(token)
         self._counts[token] += 1
-        found: list[m.Logprob] = []
-        if self.params.logprobs is not None:
-            entries = logprobs(logits[None], [token], [self.params.logprobs], self._tokenizer.size)
-            found = [_logprob(entry) for entry in entries]
+        found = [_logprob(entry)] if entry is not None else []
         if token in self._stop_ids:
             self.finish_reason, self.stop = "stop", token
             return m.Delta(call=self.id, tokens=[token], text="", logprobs=found)
@@ -319,6 +317,19 @@ class GenerateCall(Call):
             stop=self.stop,
             kept=kept,
         )
+
+
+def asked_logprobs(
+    calls: Seq[GenerateCall], tokens: Seq[int], logits: Tensor, defined: int
+) -> list[TokenLogprob | None]:
+    """Of each call's token under its row of logits [n, V], for the calls that asked. defined: as of `logprobs`."""
+    asked = {i: call.params.logprobs for i, call in enumerate(calls) if call.params.logprobs is not None}
+    if not asked:
+        return [None] * len(calls)
+    rows = list(asked)
+    found = logprobs(logits[rows], [tokens[i] for i in rows], list(asked.values()), defined)
+    entries = dict(zip(rows, found, strict=True))
+    return [entries.get(i) for i in range(len(calls))]
 
 
 def _logprob(result: TokenLogprob) -> m.Logprob:

@@ -17,7 +17,7 @@ from weft.runtime.decoding.outline import Beginning, Outline
 from weft.runtime.decoding.params import SamplingParams
 from weft.runtime.decoding.sampler import sample
 from weft.runtime.engine import messages as m
-from weft.runtime.engine.calls import Call, ForkCall, GenerateCall, ScoreCall
+from weft.runtime.engine.calls import Call, ForkCall, GenerateCall, ScoreCall, asked_logprobs
 from weft.runtime.engine.config import CoreLimits
 from weft.runtime.engine.schedule import Scheduler, Work
 from weft.runtime.engine.sequences import Memory, Sequence
@@ -297,11 +297,12 @@ class Core:
         logits = self.model.logits(self.pools.streams_of(slots))
         # The head of a V4 checkpoint is padded: ids the tokenizer does not define are never drawn.
         chosen = sample(logits[:, : self.tokenizer.size], [call.draw() for call in live])
-        for call, token, row in zip(live, chosen, logits, strict=True):
+        entries = asked_logprobs(live, chosen, logits, self.tokenizer.size)
+        for call, token, entry in zip(live, chosen, entries, strict=True):
             if call.failure is not None:
                 self._fail(call, call.failure)
                 continue
-            event = call.drawn(token, row)
+            event = call.drawn(token, entry)
             if event is not None:
                 self.emit(event)
             self._finish_if_done(call)

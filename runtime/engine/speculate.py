@@ -14,15 +14,17 @@ kept then: later calls on the history begin with a gap and may draft worse, noth
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 
 import torch
 from torch import Tensor
 
 from weft.runtime.cache.base import Span
+from weft.runtime.decoding.noise import DRAFT
 from weft.runtime.decoding.rejection import guess, judge
 from weft.runtime.decoding.sampler import Draw, sample
 from weft.runtime.engine import messages as m
-from weft.runtime.engine.calls import GenerateCall
+from weft.runtime.engine.calls import GenerateCall, asked_logprobs
 from weft.runtime.engine.schedule import Work
 from weft.runtime.model.base import Network
 from weft.runtime.model.batch import Batch
@@ -64,9 +66,12 @@ class Drafter:
         draws = [call.draw(item.tokens[1:]) for item, call in asking]
         if self._model.deterministic:
             return sample(logits, draws)
+        if all(draw.params.temperature == 0 for draw in draws):
+            return sample(logits, draws, DRAFT)
         guesses, odds = guess(logits, draws)
-        for (item, _), row in zip(asking, odds, strict=True):
-            item.odds.append(row)
+        for (item, call), row in zip(asking, odds, strict=True):
+            if call.params.temperature > 0:  # others are certain
+                item.odds.append(row)
         return guesses
 
     def accept(
@@ -80,10 +85,10 @@ class Drafter:
         draws = [item.generating.draw(item.tokens[1 : 1 + i]) for _, item in asking for i in range(item.drafts)]
         drawn = iter(self._draw(logits[:, : self._defined], draws, [item for _, item in asking]))
         for (number, item), part in zip(asking, logits.split([item.drafts for _, item in asking]), strict=True):
-            right = _right(item, [next(drawn) for _ in part], part, emit)
+            right = self._right(item, [next(drawn) for _ in part], part, emit)
             kept = 1 + right - (item.generating.finish_reason is not None)
             if not self._model.deterministic and right < kept <= item.drafts:
-                item.generating.refused = _odds(item, self._defined)[right]
+                item.generating.refused = item.odds[right] if item.odds else self._certain(item.tokens[1 + right])
             back.keep(number, kept, rows[number])
             rows[number], item.tokens = rows[number][:kept], item.tokens[:kept]
         back.apply()
@@ -93,7 +98,35 @@ class Drafter:
         if self._model.deterministic:
             return sample(logits, draws)
         drafts = [token for item in items for token in item.tokens[1:]]
-        return judge(logits, draws, drafts, torch.cat([_odds(item, self._defined) for item in items]))
+        certain = torch.ones((), dtype=torch.float64, device=logits.device)
+        odds = [
+            item.odds[i][item.tokens[1 + i]] if item.odds else certain
+            for item in items
+            for i in range(item.drafts)
+        ]
+        return judge(logits, draws, drafts, torch.stack(odds))
+
+    def _certain(self, token: int) -> Tensor:
+        """[V] the probabilities that a token was drafted with that could be no other."""
+        return torch.nn.functional.one_hot(torch.tensor(token), self._defined).double()
+
+    def _right(self, item: Work, drawn: Sequence[int], logits: Tensor, emit: Callable[[m.Event], None]) -> int:
+        """How many drafts are right: up to the first that was not drawn, or with which the output ends."""
+        call, right = item.generating, 0
+        pairs = zip(drawn, item.tokens[1:], strict=True)
+        same = list(takewhile(lambda pair: pair[0] == pair[1], pairs))
+        entries = asked_logprobs([call] * len(same), drawn, logits, self._defined)
+        for (token, _), entry in zip(same, entries, strict=True):
+            if call.failure is not None:
+                break
+            right += 1
+            event = call.drawn(token, entry)
+            if event is not None:
+                emit(event)
+            if call.finish_reason is not None:
+                break
+        call.drafted(item.drafts, right, guessed=item.guessed)
+        return right
 
     def settle(self, work: Sequence[Work], rows: Sequence[Tensor], previous: Tensor) -> None:
         """Write the block's rows of what a step has computed, before it is committed: each needs the token behind
@@ -117,27 +150,3 @@ class Drafter:
         if spans:
             pools = work[0].call.sequence.held.pools
             self._model.forward_mtp(torch.cat(streams), torch.tensor(ids), Batch(pools, spans))
-
-
-def _right(item: Work, drawn: Sequence[int], logits: Tensor, emit: Callable[[m.Event], None]) -> int:
-    """How many drafts are right: up to the first that was not drawn, or with which the output ends."""
-    call, right = item.generating, 0
-    for token, draft, row in zip(drawn, item.tokens[1:], logits, strict=True):
-        if token != draft or call.failure is not None:
-            break
-        right += 1
-        event = call.drawn(token, row)
-        if event is not None:
-            emit(event)
-        if call.finish_reason is not None:
-            break
-    call.drafted(item.drafts, right, guessed=item.guessed)
-    return right
-
-
-def _odds(item: Work, defined: int) -> Tensor:
-    """[n, V] probabilities that its drafts were drawn with."""
-    if item.odds:
-        return torch.stack(item.odds)
-    certain = torch.tensor(item.tokens[1:])
-    return torch.nn.functional.one_hot(certain, defined).double()
