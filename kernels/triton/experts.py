@@ -114,8 +114,9 @@ def find(ids, T, g, PLACES: tl.constexpr, BY_PAIR: tl.constexpr, PAIRS: tl.const
     pair, own = own_pairs(ids, expert, T, PLACES, PAIRS)
     count = tl.sum(own.to(tl.int32), 0)
     if BY_PAIR:
-        # Only the first pair that names an expert does the work.
-        count = tl.where(tl.max((own & (pair < first)).to(tl.int32), 0) > 0, 0, count)
+        # Only the first pair that names an expert does the work; none does if it is none.
+        earlier = tl.max((own & (pair < first)).to(tl.int32), 0)
+        count = tl.where((earlier > 0) | (expert < 0), 0, count)
     return expert, count
 
 
@@ -188,10 +189,9 @@ def config(format: str, tokens: int, tile: int | None) -> dict[str, int]:
         return {"BM": 64, "BN": tile, "num_warps": 4, "num_stages": 3}
     if tile is not None:
         return {"BM": 128, "BN": tile, "num_warps": 4 if tile <= 32 else 8, "num_stages": 3}
-    # Interpreted, products are numpy's, which sums in another order for 8 columns than for 16.
-    least = 16 if _interpreted() else 8
+    least = 16 if format == "float" else 8
     if format == "fp4":
-        return {"BM": 64, "BN": least if tokens <= 8 else 16, "num_warps": 4, "num_stages": 4}
+        return {"BM": 64, "BN": least if tokens <= 8 else 16, "num_warps": 8, "num_stages": 4}
     if tokens <= 8:
         return {"BM": 64, "BN": least, "num_warps": 4, "num_stages": 5, "maxnreg": 128}
     # What becomes e4m3 in the kernel wants taller tiles sooner: the work on tokens is then half as much a weight.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from weft.kernels.triton.experts_parts import add_scaled, scale_of, tokens_chunk
+from weft.kernels.triton.experts_parts import add_scaled, product_of, scale_of, tokens_chunk
 
 # A group's table: with z its shift * 8, the bytes 0, z, z + 8, z + 12 and z + 16, z + 20, z + 24, z + 28.
 _TABLE = """
@@ -94,7 +94,7 @@ def shuffled_sums(
         next_scale = tl.load(w_scales + tl.minimum(chunk + 1, CHUNKS - 1) * ROWS + row)
         codes = lifted_codes(w, first + chunk * 4096, tl.load(w_shifts + chunk * ROWS + row), BM, USE_ASM)
         tokens, token_scale = tokens_chunk(x, x_scales, x_pitch, xrow, here, chunk, K, CODED)
-        product = tl.dot(codes, tokens.T)
+        product = product_of(codes, tokens)
         total = add_scaled(total, product, scale_of(scale), token_scale)
         scale = next_scale
     return total
