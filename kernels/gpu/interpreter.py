@@ -90,7 +90,7 @@ def launches() -> Iterator[Launches]:
 
 class _TorchOps(TorchDispatchMode):
     def __init__(self, count: Launches) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = count
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
