@@ -11,7 +11,7 @@ from rich.table import Table
 
 from weft.kernels.gpu.base import GLUON, Arch, arch_of, installed
 from weft.kernels.gpu.ops import OPS
-from weft.kernels.libraries import deep_gemm, flash_mla
+from weft.kernels.libraries import deep_gemm, flash_mla, flashinfer
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,4 +39,4 @@ def absences() -> dict[str, str | None]:
         "triton": None if find_spec("triton") else "not installed (pip install 'weft[kernels]')",
         "flash_mla": flash_mla.absence(),
         "deep_gemm": deep_gemm.absence(),
-    }
+    } | {f"flashinfer {module}": flashinfer.absence(module) for module in flashinfer.MODULES}
