@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,7 +61,8 @@ class Drafter:
                 item.tokens.append(token)
             depth += 1
             more = [i for i, (item, _) in enumerate(asking) if item.drafts > depth]
-            asking, h = [asking[i] for i in more], h[more]
+            if len(more) < len(asking):
+                asking, h = [asking[i] for i in more], h.index_select(0, pools.numbers(np.array(more)))
 
     def _guess(self, logits: Tensor, asking: Sequence[tuple[Work, GenerateCall]]) -> list[int]:
         draws = [call.draw(item.tokens[1:]) for item, call in asking]

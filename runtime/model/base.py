@@ -34,7 +34,7 @@ class Network(Protocol):
         """Memory for sequences of this model, on its device."""
 
     def forward(self, ids: Tensor, batch: Batch) -> Tensor:
-        """[T] -> backbone streams [T, hc, D]."""
+        """[T] -> backbone streams [T, hc, D]. What it notes in the batch's folds is valid until the next call."""
 
     def logits(self, h: Tensor) -> Tensor:
         """[n, hc, D] -> [n, V]."""

@@ -241,7 +241,7 @@ class DeviceModel:
     ) -> _Outputs:
         def inputs() -> _Inputs:
             streams = None if h is None else h.new_zeros(shape.tokens, *h.shape[1:])
-            return _Inputs(torch.empty_like(host, device=self.device), streams)
+            return _Inputs(torch.empty(host.shape, dtype=host.dtype, device=self.device), streams)
 
         def fill(inputs: _Inputs) -> None:
             inputs.given.copy_(host, non_blocking=True)
