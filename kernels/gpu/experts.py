@@ -33,10 +33,10 @@ def run_experts(
     """Every pair's w2(swiglu(w13 x) * weight), which the next hyper-connection adds up.
 
     x: [T, D] bfloat16 or float32. ids: [T, k + 1] int32, k different routed experts and then the shared one, which
-    is the last of `experts`; -1: no expert, and that row of the result is not written. weights: [T, k + 1] float32.
-    Returns [T, k + 1, D] of x's dtype. For FP8 and FP4 experts x and the hidden values are rounded to e4m3 per row
-    and 128 columns. Source: DeepSeek-V4's published inference code: silu(min(gate, limit)) * clamp(up, -limit,
-    limit) * weight in float32, rounded to x's dtype.
+    is the last of `experts`; -1: no expert, and that row of the result is not written. weights: [T, k + 1]
+    float32. Returns [T, k + 1, D] of x's dtype. For FP8 and FP4 experts x and the hidden values are rounded to
+    e4m3 per row and 128 columns. Source: DeepSeek-V4's published inference code: silu(min(gate, limit)) *
+    clamp(up, -limit, limit) * weight in float32, rounded to x's dtype.
 
     Two launches up to DECODE_TOKENS tokens, beyond that five. Nothing on the host depends on ids.
     """
