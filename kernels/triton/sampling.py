@@ -191,14 +191,16 @@ class _Rows:
             found = torch.empty(len(rows), self.blocks, sizes["PIVOTS"], dtype=torch.int32, device=self.device)
             weights = torch.empty_like(found, dtype=torch.float64)
             near = torch.empty(len(rows), self.sizes[0], dtype=torch.int32, device=self.device)
-            ends = torch.empty(3, len(rows), dtype=torch.int32, device=self.device)
+            ends = torch.empty(4, len(rows), dtype=torch.int32, device=self.device)
             aims = torch.empty(2, len(rows), dtype=torch.float64, device=self.device)
             grid = (len(rows) * self.blocks,)
             given = (*self.filters, *self.scores, *self.sizes)
-            weigh_kernel[grid](found, weights, rows, *given, **self.constants, **sizes)
-            collect_kernel[grid](found, weights, near, ends, aims, rows, *given, **self.constants, **sizes)
+            weigh_kernel[grid](
+                found, weights, ends, aims, self.settings.counters, rows, *given, **self.constants, **sizes
+            )
+            collect_kernel[grid](found, near, ends, aims, rows, *given, **self.constants, **sizes)
             more = self.constants | sizes | {"num_warps": CUT_WARPS}
-            cut_kernel[(len(rows),)](found, weights, near, ends, aims, rows, *given, **more)
+            cut_kernel[(len(rows),)](found, near, ends, aims, rows, *given, **more)
         return self.constants | {"FILTERS": len(rows) > 0}
 
     def totals(self, constants: dict[str, Any]) -> Tensor:

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from weft.kernels.triton.sampling_parts import (
     LOWEST,
+    arrives_last,
     load_scores,
     over_temperature,
     row_best,
@@ -48,9 +49,27 @@ def pivot_keys(temperature, top_k, PIVOTS: tl.constexpr):
     return ordered(tl.where(j == PIVOTS - 1, float("-inf"), -step * unit), j >= 0)
 
 
+@triton.jit
+def bracket(found, weights, first, pivots, k, p, blocks, BLOCKS: tl.constexpr, PIVOTS: tl.constexpr):
+    """(a pivot that all that is kept reaches, its key, one above the cut, how many tokens reach the former, number
+    or weight of what reaches the latter, the weight that is to be kept)."""
+    at = tl.arange(0, BLOCKS)[:, None]
+    j = tl.arange(0, PIVOTS)
+    place = (first + at) * PIVOTS + j[None, :]
+    number = tl.sum(tl.load(found + place, mask=at < blocks, other=0, cache_modifier=".cg"), 0)
+    weight = tl.sum(tl.load(weights + place, mask=at < blocks, other=0.0, cache_modifier=".cg"), 0)
+    target = p * tl.sum(tl.where(j == PIVOTS - 1, weight, 0.0))
+    lowest = tl.min(tl.where(tl.where(k > 0, number >= k, weight >= target), j, PIVOTS - 1))
+    low = tl.sum(tl.where(j == lowest, pivots, 0))
+    high = tl.where(lowest == 0, 1, tl.sum(tl.where(j == lowest - 1, pivots, 0)))
+    count = tl.sum(tl.where(j == lowest, number, 0))
+    reached = tl.where(k > 0, number.to(tl.float64), weight)
+    return lowest, low, high, count, tl.sum(tl.where(j == lowest - 1, reached, 0.0)), target
+
+
 @triton.jit(do_not_specialize=("width", "blocks"))
 def weigh_kernel(
-    found, weights, rows, keys, spots, cuts, bounds, temperature, top_k, top_p, min_p,
+    found, weights, ends, aims, counters, rows, keys, spots, cuts, bounds, temperature, top_k, top_p, min_p,
     logits, stride, copies, edit_slots, left, words, mask_slots, width, blocks,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, EDITS: tl.constexpr, MASKS: tl.constexpr,
     PIVOTS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
@@ -62,20 +81,32 @@ def weigh_kernel(
     source = row_source(logits, stride, copies, edit_slots, left, row, blocks, BLOCK, EDITS)
     words, held = row_mask(words, mask_slots, row, width, MASKS)
     best, _lead = row_best(keys, spots, row, blocks, BLOCKS)
-    heat = tl.load(temperature + row)
-    pivots = pivot_keys(heat, tl.load(top_k + row), PIVOTS)[:, None]
+    heat, k = tl.load(temperature + row), tl.load(top_k + row)
+    pivots = pivot_keys(heat, k, PIVOTS)
     number = tl.zeros([PIVOTS, CHUNK], tl.int32)
     weight = tl.zeros([PIVOTS, CHUNK], tl.float64)
     for first in range(block * BLOCK, block * BLOCK + BLOCK, CHUNK):
         column = first + tl.arange(0, CHUNK)
         valid = column < width
         scaled = over_temperature(load_scores(source, words, held, column, valid, MASKS), best, heat)
-        reaches = ordered(scaled, valid)[None, :] >= pivots
+        reaches = ordered(scaled, valid)[None, :] >= pivots[:, None]
         number += reaches.to(tl.int32)
         weight += tl.where(reaches, weight_of(scaled, valid)[None, :], 0.0)
     at = tl.program_id(0) * PIVOTS + tl.arange(0, PIVOTS)
     tl.store(found + at, tl.sum(number, 1))
     tl.store(weights + at, tl.sum(weight, 1))
+    if arrives_last(counters + row, blocks):
+        index = tl.program_id(0) // blocks
+        size = tl.num_programs(0) // blocks
+        lowest, low, high, count, reached, target = bracket(
+            found, weights, index * blocks, pivots, k, tl.load(top_p + row), blocks, BLOCKS, PIVOTS
+        )
+        tl.store(ends + index, low)
+        tl.store(ends + size + index, high)
+        tl.store(ends + 2 * size + index, count)
+        tl.store(ends + 3 * size + index, lowest)
+        tl.store(aims + index, reached)
+        tl.store(aims + size + index, target)
 
 
 @triton.jit
@@ -132,64 +163,38 @@ def find_cut(
     return low, bound
 
 
-@triton.jit
-def bracket(found, weights, first, pivots, k, p, blocks, block, BLOCKS: tl.constexpr, PIVOTS: tl.constexpr):
-    """(a key that all that is kept reaches, one above the cut, how many tokens reach the former, how many of them
-    are in earlier blocks, number or weight of what reaches the latter, the weight that is to be kept)."""
-    at = tl.arange(0, BLOCKS)[:, None]
-    j = tl.arange(0, PIVOTS)
-    place = (first + at) * PIVOTS + j[None, :]
-    number = tl.load(found + place, mask=at < blocks, other=0)
-    weight = tl.sum(tl.load(weights + place, mask=at < blocks, other=0.0), 0)
-    target = p * tl.sum(tl.where(j == PIVOTS - 1, weight, 0.0))
-    reaches = tl.where(k > 0, tl.sum(number, 0) >= k, weight >= target)
-    lowest = tl.min(tl.where(reaches, j, PIVOTS - 1))
-    low = tl.sum(tl.where(j == lowest, pivots, 0))
-    high = tl.where(lowest == 0, 1, tl.sum(tl.where(j == lowest - 1, pivots, 0)))
-    reached = tl.where(k > 0, tl.sum(number, 0).to(tl.float64), weight)
-    mine = tl.sum(tl.where(j[None, :] == lowest, number, 0), 1)
-    before = tl.sum(tl.where(tl.arange(0, BLOCKS) < block, mine, 0))
-    return low, high, tl.sum(mine), before, tl.sum(tl.where(j == lowest - 1, reached, 0.0)), target
-
-
 @triton.jit(do_not_specialize=("width", "blocks"))
 def collect_kernel(
-    found, weights, near, ends, aims, rows, keys, spots, cuts, bounds, temperature, top_k, top_p, min_p,
+    found, near, ends, aims, rows, keys, spots, cuts, bounds, temperature, top_k, top_p, min_p,
     logits, stride, copies, edit_slots, left, words, mask_slots, width, blocks,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, EDITS: tl.constexpr, MASKS: tl.constexpr,
     PIVOTS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One program: the tokens of one block of one row among which its cut is. near: [f, V] int32, as far as
-    there are any, by id. ends: [3, f] int32, aims: [2, f] float64: of `bracket`, but for `before`."""
+    """One program: the tokens of one block of one row among which its cut is. near: [f, V] int32, by id, as far as
+    there are any."""
     index = tl.program_id(0) // blocks
     row = tl.load(rows + index)
     block = tl.program_id(0) % blocks
     source = row_source(logits, stride, copies, edit_slots, left, row, blocks, BLOCK, EDITS)
     words, held = row_mask(words, mask_slots, row, width, MASKS)
     best, _lead = row_best(keys, spots, row, blocks, BLOCKS)
-    heat, k = tl.load(temperature + row), tl.load(top_k + row)
-    pivots = pivot_keys(heat, k, PIVOTS)
-    low, high, count, before, reached, target = bracket(
-        found, weights, index * blocks, pivots, k, tl.load(top_p + row), blocks, block, BLOCKS, PIVOTS
-    )
+    heat = tl.load(temperature + row)
+    size = tl.num_programs(0) // blocks
+    low, lowest = tl.load(ends + index), tl.load(ends + 3 * size + index)
+    other = tl.arange(0, BLOCKS)
+    counts = found + (index * blocks + other) * PIVOTS + lowest
+    before = tl.sum(tl.load(counts, mask=other < block, other=0))
     column = block * BLOCK + tl.arange(0, BLOCK)
     valid = column < width
     scaled = over_temperature(load_scores(source, words, held, column, valid, MASKS), best, heat)
     reaches = ordered(scaled, valid) >= low
     place = before + tl.cumsum(reaches.to(tl.int32), 0) - 1
     tl.store(near + index.to(tl.int64) * width + place, column, mask=reaches)
-    if block == 0:
-        size = tl.num_programs(0) // blocks
-        tl.store(ends + index, low)
-        tl.store(ends + size + index, high)
-        tl.store(ends + 2 * size + index, count)
-        tl.store(aims + index, reached)
-        tl.store(aims + size + index, target)
 
 
 @triton.jit(do_not_specialize=("width", "blocks"))
 def cut_kernel(
-    found, weights, near, ends, aims, rows, keys, spots, cuts, bounds, temperature, top_k, top_p, min_p,
+    found, near, ends, aims, rows, keys, spots, cuts, bounds, temperature, top_k, top_p, min_p,
     logits, stride, copies, edit_slots, left, words, mask_slots, width, blocks,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, EDITS: tl.constexpr, MASKS: tl.constexpr,
     PIVOTS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
