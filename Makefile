@@ -35,8 +35,8 @@ lint: $(VENV)/test.stamp .typing docs ## ruff, formatting, types, links
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: $(VENV)/test.stamp ## run every script in benchmarks/ that needs no GPU, each prints its own table
-	@for script in $(filter-out benchmarks/kernels_gpu.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+bench: $(VENV)/bench.stamp ## run every script in benchmarks/ that needs no GPU, each prints its own table
+	@for script in $(filter-out %_gpu.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
 
 kernels-compile: $(VENV)/test.stamp ## compile every kernel for sm_90a and sm_100a, and judge what came out
 	$(BIN)/python benchmarks/kernels_compile.py
@@ -58,6 +58,10 @@ $(VENV)/base.stamp: pyproject.toml constraints/cpu.txt | $(BIN)/pip
 
 $(VENV)/test.stamp: pyproject.toml constraints/cpu.txt | $(BIN)/pip
 	$(PIP) install -c constraints/cpu.txt -e '.[test,dev]'
+	@touch $@
+
+$(VENV)/bench.stamp: $(VENV)/test.stamp
+	$(PIP) install -c constraints/cpu.txt -e '.[bench]'
 	@touch $@
 
 # The newest sglang, beside the pinned one, for tests that put it first on sys.path. Only what its
