@@ -21,6 +21,8 @@ from weft.kernels.reference import hyper as reference
 
 # The kernels are written out for so many streams, which is what V4 has.
 STREAMS = 4
+# Of a sublayer's output, at most: what a program holds while it waits for more.
+PARTS = 8
 _FLOATS = (torch.bfloat16, torch.float32)
 
 
@@ -161,7 +163,8 @@ def _check_post(h: Tensor, y: Tensor, mix: Tensor) -> None:
     tokens, streams, dim = h.shape
     check_tensor("y", y, (tokens, None, dim), *_FLOATS)
     check_tensor("mix", mix, (tokens, (2 + streams) * streams), torch.float32)
-    check(y.is_contiguous() and mix.is_contiguous() and y.shape[1] > 0, "y and mix are contiguous")
+    check(y.is_contiguous() and mix.is_contiguous(), "y and mix are contiguous")
+    check(0 < y.shape[1] <= PARTS, "parts", y.shape)
 
 
 def _check_mixer(mixer: Mixer | HeadMixer, rows: int, scales: int, h: Tensor, norm: Tensor) -> None:

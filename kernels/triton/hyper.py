@@ -17,13 +17,16 @@ import triton.language as tl
 from torch import Tensor
 
 from weft.kernels.gpu.aot import AotCase
+from weft.kernels.gpu.base import interpreting
 from weft.kernels.gpu.hyper import HeadMixer, Mixer
 from weft.kernels.triton.common import rms_scale
 from weft.kernels.triton.hyper_finish import finish
 from weft.kernels.triton.hyper_parts import (
     load_mixer,
+    load_tile,
     mixer_sums,
     new_streams,
+    pieces,
     store_streams,
     store_sums,
 )
@@ -63,11 +66,13 @@ def _mix(
     if SHARERS == 0:
         token = (tl.program_id(1) * TILE + tl.arange(0, TILE))[:, None].to(tl.int64)
         valid = token < tokens
-        n = new_streams(h, y, mix, token, d, valid & (d < D), valid, D, PARTS)
-    w0 = load_mixer(fn, d, 0, D, ROWS, COLS, SPLIT)
-    w1 = load_mixer(fn, d, 1, D, ROWS, COLS, SPLIT)
-    w2 = load_mixer(fn, d, 2, D, ROWS, COLS, SPLIT)
-    w3 = load_mixer(fn, d, 3, D, ROWS, COLS, SPLIT)
+        old, parts, row = load_tile(h, y, mix, token, d, valid & (d < D), valid, D, PARTS)
+    # Everything is on its way before anything waits.
+    w = load_mixer(fn, d, D, ROWS, COLS)
+    if SHARERS == 0:
+        n = new_streams(old, parts, row, PARTS)
+    w0, w1 = pieces(w[0], SPLIT), pieces(w[1], SPLIT)
+    w2, w3 = pieces(w[2], SPLIT), pieces(w[3], SPLIT)
     if SHARERS == 0:
         if PARTS > 0:
             store_streams(out, n, token, d, valid & (d < D), D)
@@ -76,7 +81,8 @@ def _mix(
         for tile in tl.range(tl.program_id(1), tl.cdiv(tokens, TILE), SHARERS, num_stages=3):
             token = (tile * TILE + tl.arange(0, TILE))[:, None].to(tl.int64)
             valid = token < tokens
-            n = new_streams(h, y, mix, token, d, valid & (d < D), valid, D, PARTS)
+            old, parts, row = load_tile(h, y, mix, token, d, valid & (d < D), valid, D, PARTS)
+            n = new_streams(old, parts, row, PARTS)
             if PARTS > 0:
                 store_streams(out, n, token, d, valid & (d < D), D)
             store_sums(partial, mixer_sums(n, w0, w1, w2, w3, COLS), token, valid, block, BLOCKS, ROWS)
@@ -87,7 +93,8 @@ def _post(h, y, mix, out, tokens, D: tl.constexpr, PARTS: tl.constexpr, TILE: tl
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
     token = (tl.program_id(1) * TILE + tl.arange(0, TILE))[:, None].to(tl.int64)
     valid = token < tokens
-    n = new_streams(h, y, mix, token, d, valid & (d < D), valid, D, PARTS)
+    old, parts, row = load_tile(h, y, mix, token, d, valid & (d < D), valid, D, PARTS)
+    n = new_streams(old, parts, row, PARTS)
     store_streams(out, n, token, d, valid & (d < D), D)
 
 
@@ -165,7 +172,10 @@ def _warps(dim: int) -> int:
 
 
 def _group(tokens: int) -> int:
-    """Matrices of a program: one costs what all its lanes cost, but their sums are added one after the other."""
+    """Matrices of a program: one costs what all its lanes cost, but their sums are added one after the other. The
+    interpreter is quicker with more."""
+    if interpreting():
+        return min(triton.next_power_of_2(tokens), 16)
     return 1 if tokens <= 512 else 4 if tokens <= 2048 else 16
 
 

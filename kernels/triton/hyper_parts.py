@@ -22,27 +22,26 @@ def load_streams(h, token, d, mask, D: tl.constexpr):
 
 
 @triton.jit
-def sum_parts(y, token, d, mask, D: tl.constexpr, PARTS: tl.constexpr, dtype: tl.constexpr):
-    """y [*, PARTS, D] -> the sum over its parts, left to right, rounded to dtype: float32 [BT, BD]."""
+def load_parts(y, token, d, mask, D: tl.constexpr, PARTS: tl.constexpr):
+    """y [*, PARTS, D] at token and d, eight tiles of which the first PARTS count; as they are stored."""
     at = y + token * (PARTS * D) + d
-    total = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    for part in tl.static_range(1, PARTS):
-        total += tl.load(at + part * D, mask=mask, other=0.0).to(tl.float32)
-    return total.to(dtype).to(tl.float32)
+    p0 = tl.load(at, mask=mask, other=0.0)
+    p1 = tl.load(at + D, mask=mask, other=0.0) if PARTS > 1 else p0
+    p2 = tl.load(at + 2 * D, mask=mask, other=0.0) if PARTS > 2 else p0
+    p3 = tl.load(at + 3 * D, mask=mask, other=0.0) if PARTS > 3 else p0
+    p4 = tl.load(at + 4 * D, mask=mask, other=0.0) if PARTS > 4 else p0
+    p5 = tl.load(at + 5 * D, mask=mask, other=0.0) if PARTS > 5 else p0
+    p6 = tl.load(at + 6 * D, mask=mask, other=0.0) if PARTS > 6 else p0
+    p7 = tl.load(at + 7 * D, mask=mask, other=0.0) if PARTS > 7 else p0
+    return p0, p1, p2, p3, p4, p5, p6, p7
 
 
 @triton.jit
 def load_mix(mix, token, valid):
-    """post and the four rows of comb, five times four tiles [BT, 1].
-
-    Loaded as one tile, of which shuffles make the parts: loads of single columns would each go through shared
-    memory, with barriers.
-    """
+    """A row of mix, [BT, 32] with zeros behind it: as one tile, of which shuffles make the parts. Loads of single
+    columns would each go through shared memory, with barriers."""
     column = tl.arange(0, 32)[None, :]
-    tile = tl.load(mix + token * 24 + column, mask=valid & (column < 24), other=0.0)
-    tile = tl.reshape(tile, [tile.shape[0], 8, 4])
-    p = four_of(tile, 1)
-    return p, four_of(tile, 2), four_of(tile, 3), four_of(tile, 4), four_of(tile, 5)
+    return tl.load(mix + token * 24 + column, mask=valid & (column < 24), other=0.0)
 
 
 @triton.jit
@@ -56,25 +55,42 @@ def four_of(tile, g: tl.constexpr):
 
 
 @triton.jit
-def spread(h, y, coefficients, k: tl.constexpr):
-    """post_k * y + sum over j of comb[j, k] * h_j, rounded as the streams h (four tiles) are stored."""
-    out = coefficients[0][k] * y
-    for j in tl.static_range(4):
-        out = tl.fma(coefficients[1 + j][k], h[j].to(tl.float32), out)
+def spread(h, y, post, c0, c1, c2, c3):
+    """post * y + sum over j of c_j * h_j, rounded as the streams h (four tiles) are stored."""
+    out = tl.fma(c0, h[0].to(tl.float32), post * y)
+    out = tl.fma(c1, h[1].to(tl.float32), out)
+    out = tl.fma(c2, h[2].to(tl.float32), out)
+    out = tl.fma(c3, h[3].to(tl.float32), out)
     return out.to(h[0].dtype)
 
 
 @triton.jit
-def new_streams(h, y, mix, token, d, mask, valid, D: tl.constexpr, PARTS: tl.constexpr):
-    """The streams behind a sublayer, four tiles [BT, BD]; those before it if it has no output (PARTS = 0)."""
+def load_tile(h, y, mix, token, d, mask, valid, D: tl.constexpr, PARTS: tl.constexpr):
+    """What `new_streams` works on: old streams, parts and mix, in registers as they are stored."""
     old = load_streams(h, token, d, mask, D)
+    if PARTS == 0:
+        return old, old, old[0]
+    else:
+        return old, load_parts(y, token, d, mask, D, PARTS), load_mix(mix, token, valid)
+
+
+@triton.jit
+def new_streams(old, parts, mix, PARTS: tl.constexpr):
+    """The streams behind a sublayer, four tiles [BT, BD]; those before it if it has no output (PARTS = 0)."""
     if PARTS == 0:
         return old
     else:
-        total = sum_parts(y, token, d, mask, D, PARTS, h.dtype.element_ty)
-        coefficients = load_mix(mix, token, valid)
-        n0, n1 = spread(old, total, coefficients, 0), spread(old, total, coefficients, 1)
-        n2, n3 = spread(old, total, coefficients, 2), spread(old, total, coefficients, 3)
+        total = parts[0].to(tl.float32)
+        for part in tl.static_range(1, PARTS):
+            total += parts[part].to(tl.float32)
+        total = total.to(old[0].dtype).to(tl.float32)
+        tile = tl.reshape(mix, [mix.shape[0], 8, 4])
+        post = four_of(tile, 1)
+        c0, c1, c2, c3 = four_of(tile, 2), four_of(tile, 3), four_of(tile, 4), four_of(tile, 5)
+        n0 = spread(old, total, post[0], c0[0], c1[0], c2[0], c3[0])
+        n1 = spread(old, total, post[1], c0[1], c1[1], c2[1], c3[1])
+        n2 = spread(old, total, post[2], c0[2], c1[2], c2[2], c3[2])
+        n3 = spread(old, total, post[3], c0[3], c1[3], c2[3], c3[3])
         return n0, n1, n2, n3
 
 
@@ -85,14 +101,27 @@ def store_streams(out, n, token, d, mask, D: tl.constexpr):
 
 
 @triton.jit
-def load_mixer(
-    fn, d, k: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SPLIT: tl.constexpr
-):
-    """fn [ROWS, 4 * D], what it has for stream k and d [1, BD] -> [BD, COLS], columns as `column_row` says. SPLIT:
-    as the three bfloat16 whose sum it is, exactly, so that products with bfloat16 are exact in float32."""
-    column = tl.arange(0, COLS)[:, None]
-    row, kept = column_row(column, ROWS)
-    weight = tl.load(fn + row * (4 * D) + k * D + d, mask=kept & (d < D), other=0.0)
+def load_mixer(fn, d, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """fn [ROWS, 4 * D] -> what it has for each stream and d [1, BD]: four tiles [COLS, BD], rows as
+    `column_row` says.
+
+    In one load: between several, each of which passes through shared memory, there would be barriers.
+    """
+    row, kept = column_row(tl.arange(0, COLS)[None, :, None], ROWS)
+    stream = tl.arange(0, 4)[:, None, None]
+    at = fn + row * (4 * D) + stream * D + d[None, :, :]
+    w = tl.load(at, mask=kept & (d < D)[None, :, :], other=0.0)
+    w = tl.reshape(tl.permute(w, (1, 2, 0)), [COLS, d.shape[1], 2, 2])
+    even, odd = tl.split(w)
+    w0, w2 = tl.split(even)
+    w1, w3 = tl.split(odd)
+    return w0, w1, w2, w3
+
+
+@triton.jit
+def pieces(weight, SPLIT: tl.constexpr):
+    """[COLS, BD] float32 -> [BD, COLS] three times. SPLIT: as the three bfloat16 whose sum it is, exactly, so that
+    products with bfloat16 are exact in float32."""
     if SPLIT:
         high = weight.to(tl.bfloat16)
         rest = weight - high.to(tl.float32)
