@@ -35,11 +35,22 @@ _ID = (1 << 32) - 1
 
 
 def sample(
-    logits: Tensor, draws: Sequence[Draw], purpose: int = SAMPLE, *, implementation: str | None = None
+    logits: Tensor,
+    draws: Sequence[Draw],
+    purpose: int = SAMPLE,
+    *,
+    deterministic: bool = True,
+    implementation: str | None = None,
 ) -> list[int]:
     """As `sampler.sample`."""
     given = _Given(logits, draws, purpose)
-    tokens = sample_rows(given.scores, given.settings, refused=given.refused, implementation=implementation)
+    tokens = sample_rows(
+        given.scores,
+        given.settings,
+        refused=given.refused,
+        deterministic=deterministic,
+        implementation=implementation,
+    )
     return list(tokens.tolist())
 
 

@@ -58,13 +58,15 @@ def on_device(logits: Tensor) -> bool:
     return logits.device.type != "cpu"
 
 
-def sample(logits: Tensor, draws: Sequence[Draw], purpose: int = SAMPLE) -> list[int]:
+def sample(
+    logits: Tensor, draws: Sequence[Draw], purpose: int = SAMPLE, *, deterministic: bool = True
+) -> list[int]:
     """logits: [B, V] float32, not modified -> one token id per row. Ties go to the lower id.
-    purpose: of the noise (`decoding.noise`)."""
+    purpose: of the noise (`decoding.noise`). deterministic: False lets a device's library bring its own noise."""
     if on_device(logits):
         from weft.runtime.decoding import device_sampler
 
-        return device_sampler.sample(logits, draws, purpose)
+        return device_sampler.sample(logits, draws, purpose, deterministic=deterministic)
     scores = _adjust(logits, draws)
     warm = [i for i, draw in enumerate(draws) if draw.params.temperature > 0]
     if warm:

@@ -27,6 +27,9 @@ from weft.kernels.gpu import hyper, routing, sampling
 from weft.kernels.gpu.base import installed
 from weft.kernels.gpu.weights import FloatWeight
 from weft.kernels.libraries import flashinfer, flashinfer_hyper, flashinfer_routing, flashinfer_sampling
+from weft.runtime.decoding import device_sampler
+from weft.runtime.decoding.params import SamplingParams
+from weft.runtime.decoding.sampler import Draw
 
 
 @pytest.fixture
@@ -237,6 +240,19 @@ class TestWhatItIsHanded:
             assert tokens[0] == int(logits[0].argmax()) and tokens[2] in (32, 33, 36)
             assert not filtered or tokens[1] in logits[1].topk(2).indices.tolist()
         assert torch.equal(logits, before)
+
+    def test_an_engine_in_fast_mode(self, stand_in, monkeypatch):
+        """Rows that the library can draw go to it; what an engine asks for arrives there as it would with ours."""
+        monkeypatch.setattr(sampling, "installed", lambda: EVERYTHING)
+        monkeypatch.setattr(sampling, "arch", lambda _: "sm90")
+        drawn = []
+        monkeypatch.setattr(
+            flashinfer_sampling, "draw", lambda scores, rows: drawn.append(rows) or rows.keys.int()
+        )
+        draws = [Draw(SamplingParams(temperature=0.5, top_k=3), 1, 2), Draw(SamplingParams(temperature=0), 1, 2)]
+        device_sampler.sample(torch.randn(2, 9), draws, deterministic=False)
+        assert drawn[0].top_k.tolist() == [3, 0]
+        assert drawn[0].warm.tolist() == [0] and drawn[0].filtered.tolist() == [0]
 
     def test_what_the_wrapper_does_not_hand_on(self, stand_in):
         refused = sampling.Refused(torch.zeros(1, 9, dtype=torch.float64), torch.zeros(1, dtype=torch.int32))
