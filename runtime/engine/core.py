@@ -22,6 +22,7 @@ from weft.runtime.engine.config import CoreLimits
 from weft.runtime.engine.schedule import Scheduler, Work
 from weft.runtime.engine.sequences import Memory, Sequence
 from weft.runtime.engine.speculate import Drafter
+from weft.runtime.engine.watch import Watch
 from weft.runtime.errors import (
     Cancelled,
     ContextLengthError,
@@ -190,13 +191,15 @@ class Core:
             active = served
         else:
             return
-        for item, rows, previous in zip(work, *self._forward(work), strict=True):
+        streams, before, watch = self._forward(work)
+        for item, rows, previous in zip(work, streams, before, strict=True):
             item.call.ran(item.tokens, rows, previous, self.model)
             self.memory.passed(item.call.sequence, len(item.tokens))
         for item in work:
             if item.drafts:
                 self._finish_if_done(item.generating)
         self._advance()
+        self.scheduler.took(work, watch)
 
     def _can_advance(self, active: list[Call]) -> bool:
         """Whether `_advance` would do something."""
@@ -231,10 +234,11 @@ class Core:
             return RequestError("tokens", [], "cannot generate from an empty history")
         return call.failure if isinstance(call, GenerateCall) else None
 
-    def _forward(self, work: list[Work]) -> tuple[list[Tensor], Tensor]:
+    def _forward(self, work: list[Work]) -> tuple[list[Tensor], Tensor, Watch]:
         """Run the work, with drafts of what follows, and commit what was right; returns each item's streams
-        [n, hc, D], and [S, hc, D] those before them."""
+        [n, hc, D], [S, hc, D] those before them, and the time that it took."""
         now = time.monotonic()
+        watch = Watch(self.pools.device)
         self.drafter.propose(work)
         for item in work:
             if isinstance(item.call, GenerateCall) and item.call.left == len(item.tokens) - item.drafts:
@@ -249,13 +253,15 @@ class Core:
         rows = list(self.model.forward(ids, batch).split([len(item.tokens) for item in work]))
         if back is not None:
             self.drafter.accept(work, rows, back, self.emit)
-        worked = time.monotonic()
+        else:
+            watch.stop()
         self.drafter.settle(work, rows, previous)
-        self.scheduler.took(work, (time.monotonic() if drafts else worked) - now)
+        if drafts:
+            watch.stop()
         for state, item in zip(states, work, strict=True):
             state.commit(len(item.tokens), rows=item.keeps_rows)
             item.call.begin(now)
-        return rows, previous
+        return rows, previous, watch
 
     # -- calls whose tokens are computed ----------------------------------------------------------------
 

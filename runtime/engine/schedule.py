@@ -14,6 +14,7 @@ from weft.runtime.engine.admission import Admission, Usual
 from weft.runtime.engine.calls import Call, GenerateCall
 from weft.runtime.engine.pace import Drafting
 from weft.runtime.engine.sequences import Memory, Sequence
+from weft.runtime.engine.watch import Watch
 
 _PATIENCE = 16  # times that a call is passed over by younger ones whose prefix is known
 _MOST_CERTAIN = 7  # drafts of a grammar in one step; the compressors' raw state can take back so many
@@ -165,10 +166,10 @@ class Scheduler:
             wanted -= 1
         return max(wanted, 0)
 
-    def took(self, work: list[Work], seconds: float) -> None:
+    def took(self, work: list[Work], watch: Watch) -> None:
         """The step of this work took so long, what keeps rows for later drafts left out."""
-        if all(item.guessed or len(item.tokens) == 1 for item in work):
-            self.drafting.took(len(work), sum(item.drafts for item in work), seconds)
+        if self.drafting.most and all(item.guessed or len(item.tokens) == 1 for item in work):
+            self.drafting.took(len(work), sum(item.drafts for item in work), watch.seconds)
 
     def ended(self, call: GenerateCall) -> None:
         """It has drawn all its tokens."""
