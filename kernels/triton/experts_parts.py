@@ -73,10 +73,7 @@ def fp8_sums(
         next_scale = tl.load(w_scales + tl.minimum(chunk + 1, CHUNKS - 1) * N + kept)
         k = chunk * 128 + tl.arange(0, 128)
         at = w + kept[:, None] * K + k[None, :]
-        if K % 128:
-            codes = tl.load(at, mask=(k < K)[None, :], other=0.0)
-        else:
-            codes = tl.load(at)
+        codes = tl.load(at, mask=(k < K)[None, :], other=0.0) if K % 128 else tl.load(at)
         tokens, token_scale = tokens_chunk(x, x_scales, x_pitch, xrow, here, chunk, K, CODED)
         product = product_of(codes, tokens)
         total = add_scaled(total, product, scale_of(scale), token_scale)
