@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import math
 import random
@@ -14,12 +15,17 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from support.engine import draft_always, finish, running, small_config, some_tokens
 from support.gtest import g_test
 from support.interpreted import quick_calls
 from weft.kernels.triton import sampling_cut
+from weft.runtime.checkpoint.dummy import dummy_weights
 from weft.runtime.decoding import device_sampler, rejection, sampler
-from weft.runtime.decoding.params import SamplingParams
+from weft.runtime.decoding.params import Grammar, SamplingParams
 from weft.runtime.decoding.sampler import Draw
+from weft.runtime.engine.front import Engine
+from weft.runtime.engine.handle import Output
+from weft.runtime.model.model import Model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = pytest.mark.parametrize("implementation", ["triton", "reference"])
@@ -243,3 +249,31 @@ def test_logprobs(defined: int | None) -> None:
         assert got.logprob == pytest.approx(one.logprob, abs=1e-5)
         assert [token for token, _ in got.top] == [token for token, _ in one.top]
         assert [value for _, value in got.top] == pytest.approx([value for _, value in one.top], abs=1e-5)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_the_engine_draws_the_same(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts verified by equality or by rejection; filters, penalties, a grammar and log-probabilities."""
+    config = small_config(4, 128)
+    model = Model(config, dummy_weights(config, seed=1), deterministic=deterministic)
+    asked = [
+        SamplingParams(max_tokens=5, temperature=0.0, logprobs=2, ignore_eos=True),
+        SamplingParams(max_tokens=5, temperature=1.1, seed=3, top_p=0.87, repetition_penalty=1.2, ignore_eos=True),
+        SamplingParams(max_tokens=6, temperature=0.9, seed=4, logprobs=0, grammar=Grammar("regex", "[a-z]{5}")),
+    ]
+    draft_always(monkeypatch)
+
+    async def work(engine: Engine) -> list[Output]:
+        prompt = some_tokens(20)
+        return list(await asyncio.gather(*(engine.generate(prompt, params) for params in asked)))
+
+    found = []
+    for forced in (False, True):
+        monkeypatch.setattr(sampler, "on_device", lambda logits, forced=forced: forced)
+        with running(model, drafts=2) as engine:
+            found.append(finish(work(engine)))
+    for want, got in zip(*found, strict=True):
+        assert (got.tokens, got.text) == (want.tokens, want.text)
+        assert [entry.token for entry in got.logprobs] == [entry.token for entry in want.logprobs]
+        values = [[entry.logprob for entry in output.logprobs] for output in (got, want)]
+        assert values[0] == pytest.approx(values[1], abs=1e-5)
