@@ -175,7 +175,7 @@ def _group(tokens: int) -> int:
     """Matrices of a program: one costs what all its lanes cost, but their sums are added one after the other. The
     interpreter is quicker with more."""
     if interpreting():
-        return min(triton.next_power_of_2(tokens), 16)
+        return 16 if tokens > 8 else 1 << (tokens - 1).bit_length()
     return 1 if tokens <= 512 else 4 if tokens <= 2048 else 16
 
 

@@ -118,7 +118,9 @@ def _choose(
         for i in tl.static_range(K):
             chosen = chosen | (column == tl.load(table + number * K + i))
     else:
-        shift = tl.load(bias + column + tl.zeros_like(t), mask=(column < E) & valid, other=0.0)
+        # As the logits are loaded; t < 0 never is, but without a term of the row the hint would be dropped.
+        shift = tl.max_contiguous(bias + (column + (t < 0).to(tl.int32)), [1, t.shape[1], column.shape[2]])
+        shift = tl.load(shift, mask=(column < E) & valid, other=0.0)
         chosen = _best(score + shift, column, E, K)
     # As many slots as a warp has lanes: a row's lie in the warp of its scores, so nothing moves between warps.
     slot = tl.arange(0, SLOTS)[None, None, :]
@@ -200,7 +202,10 @@ def _route(
             if tile * BN + first < tokens:
                 row = (tile.to(tl.int64) * BN + first + tl.arange(0, ROWS))[None, :, None]
                 mask = (row < tokens) & (column < E)
-                logit = _logits(partial + row * E + column, mask, tokens.to(tl.int64) * E, SPANS, PARTS, GROUP)
+                # Rows do not lie side by side: the hint only puts them before lines in the order that threads are
+                # dealt in, so that a row has a warp of its own.
+                left = tl.max_contiguous(partial + row * E + column, [1, ROWS, LINE])
+                logit = _logits(left, mask, tokens.to(tl.int64) * E, SPANS, PARTS, GROUP)
                 _choose(
                     logit, column, bias, table, ids, experts, weights, row, tokens, scaling, E, K, SLOTS, HASHED
                 )
