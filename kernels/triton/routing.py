@@ -43,6 +43,38 @@ def _product(x, x_stride, gate, e, t, first, tokens, E: tl.constexpr, D: tl.cons
 
 
 @triton.jit
+def _sums(
+    x,
+    x_stride,
+    gate,
+    e,
+    t,
+    part,
+    tokens,
+    E: tl.constexpr,
+    D: tl.constexpr,
+    SPAN: tl.constexpr,
+    SPANS: tl.constexpr,
+    PARTS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """The products of one of PARTS shares of the spans: one span, or spans in groups, or all groups."""
+    if PARTS == SPANS:
+        return _product(x, x_stride, gate, e, t, part * SPAN, tokens, E, D, SPAN)
+    else:
+        sums = tl.zeros([e.shape[0], t.shape[0]], tl.float32)
+        group = tl.zeros([e.shape[0], t.shape[0]], tl.float32)
+        PER: tl.constexpr = SPANS if PARTS == 1 else GROUP
+        for span in tl.range(part * PER, min(part * PER + PER, SPANS), num_stages=2):
+            opens = span % GROUP == 0
+            sums += tl.where(opens, group, 0.0)
+            product = _product(x, x_stride, gate, e, t, span * SPAN, tokens, E, D, SPAN)
+            # Not an addition, of which the compiler would make the product's accumulator: other bits.
+            group = tl.fma(product, 1.0, tl.where(opens, 0.0, group))
+        return sums + group
+
+
+@triton.jit
 def sqrt_softplus(x):
     """The root of log(1 + exp(x)). log(1 + e) = 2 artanh(e / (2 + e)), whose argument is 1/3 at most: so its
     series is as accurate near e = 0 as elsewhere."""
@@ -177,19 +209,7 @@ def _route(
     part = tl.program_id(1)
     e = tl.program_id(0) * BM + tl.arange(0, BM)
     t = tile.to(tl.int64) * BN + tl.arange(0, BN)
-    if PARTS == SPANS:
-        sums = _product(x, x_stride, gate, e, t, part * SPAN, tokens, E, D, SPAN)
-    else:
-        sums = tl.zeros([BM, BN], tl.float32)
-        group = tl.zeros([BM, BN], tl.float32)
-        PER: tl.constexpr = SPANS if PARTS == 1 else GROUP
-        for span in tl.range(part * PER, min(part * PER + PER, SPANS), num_stages=2):
-            opens = span % GROUP == 0
-            sums += tl.where(opens, group, 0.0)
-            product = _product(x, x_stride, gate, e, t, span * SPAN, tokens, E, D, SPAN)
-            # Not an addition, of which the compiler would make the product's accumulator: other bits.
-            group = tl.fma(product, 1.0, tl.where(opens, 0.0, group))
-        sums += group
+    sums = _sums(x, x_stride, gate, e, t, part, tokens, E, D, SPAN, SPANS, PARTS, GROUP)
     at = partial + (part.to(tl.int64) * tokens + t)[None, :] * E + e[:, None]
     tl.store(at, sums, mask=(e < E)[:, None] & (t < tokens)[None, :])
     tl.debug_barrier()
