@@ -213,6 +213,7 @@ def test_without_capture_it_runs_on_the_same_buffers() -> None:
 # -- on a GPU ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.gpu
 def test_a_replayed_step_waits_for_nothing() -> None:
     """Torch raises an error for every operation that it knows to wait."""
@@ -225,14 +226,15 @@ def test_a_replayed_step_waits_for_nothing() -> None:
     batch = Batch(run.pools, [state.span(1) for state in run.states])
     ids = torch.tensor([3, 4])
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         run.model.logits(run.model.forward(ids, batch))
     finally:
         torch.cuda.set_sync_debug_mode(before)
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
 def test_a_step_is_replayed_on_a_gpu() -> None:
     """The second step of a shape launches one graph, not its kernels."""
     run = Run(models()[0], (40,))

@@ -25,6 +25,7 @@ if DEVICE == "cpu":
 def both(model: DeviceModel, ids: list[int], chunks: tuple[int, ...]) -> torch.Tensor:
     """The largest difference of each row."""
     got = logits_of(model, ids, chunks)
+    model._pads = False  # references cannot be captured
     with references(everywhere=True):
         want = logits_of(model, ids, chunks)
     return (got - want).abs().amax(1)

@@ -59,7 +59,7 @@ def pair(seed: int, dtype: torch.dtype = torch.float32) -> tuple[Model, DeviceMo
 
 
 def on_device(config: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> DeviceModel:
-    return DeviceModel(config, weights, dtype=dtype, device=DEVICE, deterministic=DEVICE == "cpu")
+    return DeviceModel(config, weights, dtype=dtype, device=DEVICE)
 
 
 def checkpoint(folder: Path, seed: int, *ratios: int) -> Checkpoint:
@@ -103,8 +103,8 @@ def logits_of(
     page: int = 16,
     keys: IndexFormat = "fp4",
 ) -> Tensor:
-    """[S, V]."""
-    return model.logits(streams_of(model, ids, chunks, page, keys))
+    """[S, V] on the host."""
+    return model.logits(streams_of(model, ids, chunks, page, keys)).cpu()
 
 
 def assert_same_but_for_rounding(got: Tensor, want: Tensor) -> None:
@@ -115,6 +115,7 @@ def assert_same_but_for_rounding(got: Tensor, want: Tensor) -> None:
     channel of one row changes by 2^-3 of itself at most, beside 31 other channels and as many rows. Logits behind
     it, of unit size, move by 2^-3 / 32 / 32, about 1e-4; by up to 1e-2 where that changes what is chosen.
     """
+    got, want = got.cpu(), want.cpu()
     difference = (got - want).abs().amax(1) / max(1.0, float(want.std()))
     assert torch.isfinite(got).all()
     if DEVICE == "cpu":
@@ -131,6 +132,7 @@ def assert_follows(got: Tensor, want: Tensor) -> None:
     the other way, and a row moves by 1e-3. Where that changes what the indexer or the router chooses (4 to 8
     entries of 40, 2 experts of 8), the rows behind it may be any. A slightly different model moves rows by 0.1.
     """
+    got, want = got.cpu(), want.cpu()
     difference = (got - want).abs().amax(1) / max(1.0, float(want.std()))
     assert torch.isfinite(got).all()
     if DEVICE == "cpu":

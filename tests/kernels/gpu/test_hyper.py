@@ -171,7 +171,7 @@ def test_matrices_of_known_logits(device: str) -> None:
             )
             x, mix = hyper_pre(given["h"], mixer, given["norm"])
             assert_mixed(x, mix, given["h"], mixer, given["norm"])
-            assert_within(mix[:, 8:].unflatten(1, (4, 4)).sum(1).double(), torch.ones(1, 4).double(), 1e-5)
+            assert_within(mix[:, 8:].unflatten(1, (4, 4)).sum(1).double().cpu(), torch.ones(1, 4).double(), 1e-5)
 
 
 def test_extremes(device: str) -> None:
