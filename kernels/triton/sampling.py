@@ -168,8 +168,9 @@ class _Rows:
         }
         self.keys = self._new(torch.int32)
         self.spots = self._new(torch.int32)
-        self.cuts = torch.empty(2, rows, dtype=torch.int32, device=self.device)
-        self.filters = (self.keys, self.spots, *self.cuts, settings.temperature)
+        # One each: a pointer that is sometimes less aligned would have kernels compiled again.
+        cuts = [torch.empty(rows, dtype=torch.int32, device=self.device) for _ in range(2)]
+        self.filters = (self.keys, self.spots, *cuts, settings.temperature)
         self.filters += (settings.top_k, settings.top_p, settings.min_p)
 
     def _new(self, kind: torch.dtype) -> Tensor:

@@ -89,8 +89,9 @@ class Drafter:
         for (number, item), part in zip(asking, logits.split([item.drafts for _, item in asking]), strict=True):
             right = self._right(item, [next(drawn) for _ in part], part, emit)
             kept = 1 + right - (item.generating.finish_reason is not None)
-            if not self._model.deterministic and right < kept <= item.drafts:
-                item.generating.refused = item.odds[right] if item.odds else self._certain(item.tokens[1 + right])
+            warm = item.generating.params.temperature > 0
+            if warm and not self._model.deterministic and right < kept <= item.drafts:
+                item.generating.refused = self._odds(item, right, logits.device)
             back.keep(number, kept, rows[number])
             rows[number], item.tokens = rows[number][:kept], item.tokens[:kept]
         back.apply()
@@ -108,9 +109,13 @@ class Drafter:
         ]
         return judge(logits, draws, drafts, torch.stack(odds))
 
-    def _certain(self, token: int) -> Tensor:
-        """[V] the probabilities that a token was drafted with that could be no other."""
-        return torch.nn.functional.one_hot(torch.tensor(token), self._defined).double()
+    def _odds(self, item: Work, number: int, device: torch.device) -> Tensor:
+        """[V] the probabilities that one of its drafts was drawn with; there is one if it could be no other."""
+        if item.odds:
+            return item.odds[number]
+        odds = torch.zeros(self._defined, dtype=torch.float64, device=device)
+        odds[item.tokens[1 + number]] = 1
+        return odds
 
     def _right(self, item: Work, drawn: Sequence[int], logits: Tensor, emit: Callable[[m.Event], None]) -> int:
         """How many drafts are right: up to the first that was not drawn, or with which the output ends."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.engine import EOS, VOCABULARY, byte_tokenizer
+from support.engine import EOS, byte_tokenizer
 from weft.runtime.decoding.params import SamplingParams
 from weft.runtime.decoding.stopping import StopWatch
 from weft.runtime.engine import messages as m
@@ -153,7 +152,7 @@ def generate(tokens: list[int], params: SamplingParams) -> Output:
     call = GenerateCall(1, Sequence([EOS]), params, byte_tokenizer())
     taken, shown = [], []
     for token in tokens:
-        event = call.drawn(token, torch.zeros(VOCABULARY))
+        event = call.drawn(token, None)
         assert event is not None
         taken.append(token)
         shown.append(event.text)
@@ -245,5 +244,5 @@ def test_before_min_tokens_the_tokens_that_would_end_it_are_blocked() -> None:
     blocked = []
     for token in as_tokens(b"abc"):
         blocked.append(set(call.draw().blocked))
-        call.drawn(token, torch.zeros(VOCABULARY))
+        call.drawn(token, None)
     assert blocked == [{7, EOS}, {7, EOS}, set()]
