@@ -43,23 +43,26 @@ class Attention:
         config, pool = self.config, step.pools.pages[self.layer]
         turn = step.plain if self.kind == "window" else step.compressed
         low, kv = project(x, self.wq_a_kv).split((config.q_lora_rank, config.head_dim), 1)
+        # Compression needs x alone, and little of the card: it runs beside the queries' product.
+        with step.side():
+            compressed = None if self.compressor is None else self.compressor.write(x, step, pool)
         heads = config.num_attention_heads
         opened = project(low, self.wq_b, norm=(self.q_norm, config.rms_norm_eps))
         q = opened[:, : heads * config.head_dim].unflatten(1, (heads, config.head_dim))
         # Attention takes its products in float16, where what bfloat16 leaves of a query fits.
         wanted = torch.float16 if x.dtype == torch.bfloat16 else x.dtype
         q = norm_rope_store(q, kv, self.kv_norm, turn, step.window_rows, pool, config.rms_norm_eps, dtype=wanted)
-        keys = self._keys(x, opened[:, heads * config.head_dim :], step, pool)
+        step.join()
+        keys = self._keys(opened[:, heads * config.head_dim :], compressed, step)
         out = sparse_attention(
             q, pool, keys.index, keys.lengths, self.sink, self.scale, dtype=x.dtype, rotate_back=turn
         )
         low = project(out.view(len(out), config.o_groups, -1), self.wo_a, groups=config.o_groups)
         return project(low, self.wo_b)
 
-    def _keys(self, x: Tensor, index_query: Tensor, step: DeviceStep, pool: PagedRows) -> Keys:
+    def _keys(self, query: Tensor, compressed: Tensor | None, step: DeviceStep) -> Keys:
+        """query: of the indexer, [T, n * dI]; compressed: its head weights."""
         if isinstance(self.compressor, C4Compressor):
-            return self.compressor.keys(x, index_query, step, pool)
-        if isinstance(self.compressor, C128Compressor):
-            self.compressor.write(x, step, pool)
-            return step.c128_keys
-        return step.window_keys
+            assert compressed is not None
+            return self.compressor.choose(query, compressed, step)
+        return step.window_keys if self.compressor is None else step.c128_keys

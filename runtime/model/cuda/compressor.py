@@ -65,8 +65,8 @@ class C4Compressor:
         self.key_norm = weights.wide(other + "norm.weight")
         self.score_scale = (config.index_head_dim * config.index_n_heads) ** -0.5
 
-    def keys(self, x: Tensor, query: Tensor, step: DeviceStep, pool: PagedRows) -> Keys:
-        """Store the entries x [T, D] completes, then choose each query's entries. query: [T, n * dI]."""
+    def write(self, x: Tensor, step: DeviceStep, pool: PagedRows) -> Tensor:
+        """Store the entries x [T, D] completes; returns the indexer's head weights [T, n] float32, not scaled."""
         heads = self.config.index_n_heads
         opened = project(x, self.weight, dtype=torch.float32)
         compress_c4(
@@ -82,8 +82,12 @@ class C4Compressor:
             self.config.rms_norm_eps,
             hadamard=True,
         )
+        return opened[:, -heads:]
+
+    def choose(self, query: Tensor, weights: Tensor, step: DeviceStep) -> Keys:
+        """Each query's entries, once all of them are stored. query: [T, n * dI]; weights: of `write`."""
         if step.most_visible > self.config.index_topk:
-            self._choose(query, opened[:, -heads:], step)
+            self._choose(query, weights, step)
         return step.c4_keys
 
     def _choose(self, query: Tensor, weights: Tensor, step: DeviceStep) -> None:
