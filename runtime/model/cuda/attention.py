@@ -7,7 +7,6 @@ from torch import Tensor
 
 from weft.kernels.gpu.attention import sparse_attention
 from weft.kernels.gpu.heads import norm_rope_store
-from weft.kernels.kv_rows import PagedRows
 from weft.runtime.config import LayerKind, ModelConfig
 from weft.runtime.model.cuda.compressor import C4Compressor, C128Compressor
 from weft.runtime.model.cuda.linear import project

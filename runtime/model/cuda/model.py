@@ -73,7 +73,7 @@ class DeviceModel:
         verify steps are padded, and on GPUs captured and replayed. experts: how FP4 experts are held; None: as the
         architecture multiplies them best."""
         self.device = torch.device(device)
-        weights = DeviceWeights(tensors, dtype, self.device, experts)
+        weights = DeviceWeights(tensors, dtype, self.device, experts, deterministic)
         self.config = config
         self.dtype = dtype
         self.deterministic = deterministic

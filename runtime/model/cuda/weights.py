@@ -41,17 +41,27 @@ class DeviceWeights:
         dtype: torch.dtype,
         device: torch.device,
         expert_format: ExpertFormat | None = None,
+        deterministic: bool = True,
         prefix: str = "",
     ) -> None:
-        """expert_format: how FP4 experts are held; None: `default_format` of the architecture."""
+        """expert_format: how FP4 experts are held; None: `default_format` of the architecture. deterministic: of the
+        model, for those who may run something else if bits do not count."""
         self._tensors = tensors
+        self.deterministic = deterministic
         self.expert_format = expert_format
         self.dtype = dtype
         self.device = device
         self._prefix = prefix
 
     def under(self, prefix: str) -> DeviceWeights:
-        return DeviceWeights(self._tensors, self.dtype, self.device, self.expert_format, self._prefix + prefix)
+        return DeviceWeights(
+            self._tensors,
+            self.dtype,
+            self.device,
+            self.expert_format,
+            self.deterministic,
+            self._prefix + prefix,
+        )
 
     def _stored(self, name: str) -> Tensor | Quantised:
         return self._tensors[self._prefix + name]
