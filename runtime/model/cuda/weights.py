@@ -44,8 +44,8 @@ class DeviceWeights:
         deterministic: bool = True,
         prefix: str = "",
     ) -> None:
-        """expert_format: how FP4 experts are held; None: `default_format` of the architecture. deterministic: of the
-        model, for those who may run something else if bits do not count."""
+        """expert_format: how FP4 experts are held; None: `default_format` of the architecture. deterministic: of
+        the model, for those who may run something else if bits do not count."""
         self._tensors = tensors
         self.deterministic = deterministic
         self.expert_format = expert_format
