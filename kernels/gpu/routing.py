@@ -13,8 +13,9 @@ from weft.kernels.gpu.weights import FloatWeight
 from weft.kernels.reference import routing as reference
 
 _FLOATS = (torch.bfloat16, torch.float32)
-# From so many tokens on, four launches more than one are little beside the product with the gate.
-MANY = 1024
+# From so many tokens on FlashInfer's four launches beside the product with the gate took less than our one: on an
+# H200 0.85 of our time at 512 tokens, 0.56 at 4,096.
+MANY = 512
 
 
 @dataclass(frozen=True)

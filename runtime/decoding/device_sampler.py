@@ -130,7 +130,7 @@ class _Given:
             edits = Edits(*(sent[part] for part in parts))
         self.scores = Scores(logits, masks, edits)
         names = ("temperature", "top_k", "top_p", "min_p", "keys", "warm", "filtered", "counters")
-        self.settings = RowSettings(*(sent[name] for name in names))
+        self.settings = RowSettings(*(sent[name] for name in names), nucleus=_is_nucleus(draws))
         self.drafts = sent["drafts"]
         self.refused: Refused | None = None
         odds = [d.refused for d in draws if _excess(d) and d.refused is not None]
@@ -154,6 +154,12 @@ def _settings(draws: Sequence[Draw], width: int, purpose: int) -> dict[str, NDAr
         "counters": np.zeros(len(draws), np.int32),
         "refused_slots": _slots([_excess(draw) for draw in draws]),
     }
+
+
+def _is_nucleus(draws: Sequence[Draw]) -> bool:
+    """See `RowSettings.nucleus`."""
+    warm = [draw.params for draw in draws if draw.params.temperature > 0]
+    return bool(warm) and all(p.top_p < 1 and p.top_k <= 0 for p in warm)
 
 
 def _excess(draw: Draw) -> bool:

@@ -139,20 +139,27 @@ EVERYTHING = frozenset({"triton"} | {f"flashinfer.{module}" for module in flashi
 
 class TestChoices:
     def test_sampling_in_fast_mode(self):
-        chosen = sampling.choose("sm90", EVERYTHING, deterministic=False)
-        assert str(chosen) == (
-            "sample_rows: flashinfer (fast mode: a token may depend on its row's place in the batch)"
+        fast = partial(sampling.choose, deterministic=False, nucleus=True)
+        assert str(fast("sm90", EVERYTHING)) == (
+            "sample_rows: flashinfer (fast mode, top_p alone: noise by a row's place in the batch)"
         )
-        assert sampling.choose("sm90", EVERYTHING).implementation == "triton"
-        without = EVERYTHING - {"flashinfer.sampling"}
-        assert sampling.choose("sm90", without, deterministic=False).implementation == "triton"
-        assert sampling.choose("sm90", EVERYTHING, deterministic=False, plain=False).implementation == "triton"
-        assert sampling.choose("cpu", EVERYTHING, deterministic=False).implementation == "reference"
+        assert sampling.choose("sm90", EVERYTHING, nucleus=True).implementation == "triton"
+        assert fast("sm90", EVERYTHING - {"flashinfer.sampling"}).implementation == "triton"
+        assert sampling.choose("sm90", EVERYTHING, deterministic=False).implementation == "triton"
+        assert fast("cpu", EVERYTHING).implementation == "reference"
+
+    def test_judging_few_drafts(self):
+        assert str(sampling.choose_judge("sm90", EVERYTHING, 64)) == (
+            "judge_rows: flashinfer (chain verification of 64 drafts or fewer)"
+        )
+        assert sampling.choose_judge("sm90", EVERYTHING, 65).implementation == "triton"
+        assert sampling.choose_judge("sm90", EVERYTHING, 1, edited=True).implementation == "triton"
+        assert sampling.choose_judge("interpreter", EVERYTHING, 1).implementation == "triton"
 
     def test_hash_routing_in_fast_mode(self):
         fast = partial(routing.choose, "sm90", EVERYTHING, hashed=True, deterministic=False)
         assert str(fast(tokens=routing.MANY)) == (
-            "route: flashinfer (fast mode, experts by token id, 1024 tokens or more)"
+            "route: flashinfer (fast mode, experts by token id, 512 tokens or more)"
         )
         assert fast(tokens=routing.MANY - 1).implementation == "triton"
         assert routing.choose("sm90", EVERYTHING, True, routing.MANY).implementation == "triton"
