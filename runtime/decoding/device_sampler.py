@@ -130,7 +130,7 @@ class _Given:
             edits = Edits(*(sent[part] for part in parts))
         self.scores = Scores(logits, masks, edits)
         names = ("temperature", "top_k", "top_p", "min_p", "keys", "warm", "filtered", "counters")
-        self.settings = RowSettings(*(sent[name] for name in names), nucleus=_is_nucleus(draws))
+        self.settings = RowSettings(**{name: sent[name] for name in names}, nucleus=_is_nucleus(draws))
         self.drafts = sent["drafts"]
         self.refused: Refused | None = None
         odds = [d.refused for d in draws if _excess(d) and d.refused is not None]

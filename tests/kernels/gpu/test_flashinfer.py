@@ -32,21 +32,25 @@ from weft.runtime.decoding.params import SamplingParams
 from weft.runtime.decoding.sampler import Draw
 
 
+REMEMBERED = (flashinfer._import_failure, flashinfer._build_failure, installed)
+
+
 @pytest.fixture
 def fresh(monkeypatch):
     """Nothing of what this machine has, and nothing remembered of what a test made of it."""
-    for remembered in (flashinfer._import_failure, flashinfer._build_failure):
+    for remembered in REMEMBERED:
         remembered.cache_clear()
     monkeypatch.setattr(flashinfer, "version", lambda _: "0.7.2.post1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     yield monkeypatch
-    for remembered in (flashinfer._import_failure, flashinfer._build_failure):
+    for remembered in REMEMBERED:
         remembered.cache_clear()
 
 
 @pytest.fixture
 def stand_in(monkeypatch):
+    installed()  # remembered before the library seems to be here
     monkeypatch.setattr(flashinfer, "absence", lambda module=None: None)
     library = StandIn()
     for name in ("flashinfer", "flashinfer.sampling", "flashinfer.fused_moe", "flashinfer.mhc"):
@@ -256,9 +260,10 @@ class TestWhatItIsHanded:
         monkeypatch.setattr(
             flashinfer_sampling, "draw", lambda scores, rows: drawn.append(rows) or rows.keys.int()
         )
-        draws = [Draw(SamplingParams(temperature=0.5, top_k=3), 1, 2), Draw(SamplingParams(temperature=0), 1, 2)]
+        warm, greedy = SamplingParams(temperature=0.5, top_p=0.3), SamplingParams(temperature=0)
+        draws = [Draw(warm, 1, 2), Draw(greedy, 1, 2)]
         device_sampler.sample(torch.randn(2, 9), draws, deterministic=False)
-        assert drawn[0].top_k.tolist() == [3, 0]
+        assert drawn[0].top_p.tolist() == [0.3, 1]
         assert drawn[0].warm.tolist() == [0] and drawn[0].filtered.tolist() == [0]
 
     def test_what_the_wrapper_does_not_hand_on(self, stand_in):
