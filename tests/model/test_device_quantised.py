@@ -34,7 +34,7 @@ def test_stored_weights_give_what_their_values_give(tmp_path: Path, seed: int, r
     with references():
         got = logits_of(on_stored(found), ids, (100, 1, 30))
     # On a GPU attention takes its products in float16.
-    bound = 1e-3 if DEVICE == "cpu" else 0.1
+    bound = 1e-3 if DEVICE == "cpu" else 0.3
     assert float(difference(got, logits_of(round_activations(host), ids)).quantile(0.9)) <= bound
     assert float(difference(got, plain).quantile(0.1)) >= 0.03
 

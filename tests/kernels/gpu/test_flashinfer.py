@@ -31,7 +31,6 @@ from weft.runtime.decoding import device_sampler
 from weft.runtime.decoding.params import SamplingParams
 from weft.runtime.decoding.sampler import Draw
 
-
 REMEMBERED = (flashinfer._import_failure, flashinfer._build_failure, installed)
 
 
