@@ -109,7 +109,9 @@ class Core:
         """Start a call, or answer why not."""
         sequence = self.sequences.get(message.sequence)
         if sequence is None:
-            self.emit(failure(message.call, EngineDead("the sequence was lost when the engine core was replaced")))
+            self.emit(
+                m.Failed.of(message.call, EngineDead("the sequence was lost when the engine core was replaced"))
+            )
             return
         match message:
             case m.Truncate(call, _, length):
@@ -124,7 +126,7 @@ class Core:
                         GenerateCall(call, sequence, params, self.tokenizer, self._outline(params)), message
                     )
                 except RequestError as error:  # a stop_regex that RE2 refuses, an id the tokenizer lacks
-                    self.emit(failure(call, error))
+                    self.emit(m.Failed.of(call, error))
 
     def _outline(self, params: SamplingParams) -> Outline | Beginning | None:
         if params.grammar is None:
@@ -134,7 +136,7 @@ class Core:
     def _submit(self, call: Call, message: m.Fork | m.Score | m.Generate) -> None:
         call.deadline, call.submitted = message.deadline, message.sent
         if len(self.calls) >= self.limits.queue:
-            self.emit(failure(call.id, Overloaded(f"{len(self.calls)} calls are waiting")))
+            self.emit(m.Failed.of(call.id, Overloaded(f"{len(self.calls)} calls are waiting")))
             return
         self.calls[call.id] = call
         call.sequence.calls.append(call)
@@ -146,7 +148,7 @@ class Core:
     def _truncate(self, call: int, sequence: Sequence, length: int) -> None:
         if sequence.calls or not sequence.fixed <= length <= len(sequence.tokens):
             reason = f"not in {sequence.fixed}..{len(sequence.tokens)}, or the sequence is busy"
-            self.emit(failure(call, RequestError("length", length, reason)))
+            self.emit(m.Failed.of(call, RequestError("length", length, reason)))
             return
         del sequence.tokens[length:]
         self.emit(m.Done(call=call, usage=m.Usage(), length=length))
@@ -331,7 +333,7 @@ class Core:
 
     def _fail(self, call: Call, error: WeftError) -> None:
         self._forget(call)
-        self.emit(failure(call.id, error))
+        self.emit(m.Failed.of(call.id, error))
 
     def _forget(self, call: Call) -> None:
         """Tokens appended behind it join the history, or wait for the call before it if that still runs."""
@@ -344,11 +346,3 @@ class Core:
 
 def _waits(call: Call) -> bool:
     return isinstance(call, GenerateCall) and call.waits
-
-
-def failure(call: int, error: WeftError) -> m.Failed:
-    """The message that carries an exception to the front."""
-    kind = type(error).__name__
-    if isinstance(error, RequestError):
-        return m.Failed(call, kind, error.reason, error.field, error.value)
-    return m.Failed(call, kind, str(error))

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from weft.runtime.decoding.params import SamplingParams
+from weft.runtime.errors import RequestError, WeftError
 
 # -- front to core ----------------------------------------------------------------------------------------
 
@@ -227,6 +228,13 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     reason: str
     field: str = ""
     value: Any = None
+
+    @classmethod
+    def of(cls, call: int, error: WeftError) -> Failed:
+        kind = type(error).__name__
+        if isinstance(error, RequestError):
+            return cls(call, kind, error.reason, error.field, error.value)
+        return cls(call, kind, str(error))
 
 
 Answer = Delta | Done | Failed  # of a call
