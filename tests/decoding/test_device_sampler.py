@@ -146,6 +146,10 @@ def test_long_lists_of_tokens_near_a_cut(batch: tuple[Tensor, list[Draw]]) -> No
         same_tokens(logits, draws, "triton")
 
 
+def _judged(logits: Tensor, draws: list[Draw], drafts: list[int], odds: Tensor, implementation: str) -> list[int]:
+    return device_sampler.judge(logits.to(DEVICE), draws, drafts, odds, implementation=implementation)
+
+
 @KINDS
 @settings(max_examples=8, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 @given(batch=batches(), seed=st.integers(0, 2**31))
@@ -164,7 +168,7 @@ def test_rejection_is_the_hosts(batch: tuple[Tensor, list[Draw]], seed: int, imp
     want = rejection.judge(logits, draws, drafts, odds)
     rows = torch.arange(len(draws))
     for given_odds in (got_odds, got_odds[rows, torch.tensor(drafts)]):
-        assert device_sampler.judge(logits.to(DEVICE), draws, drafts, given_odds) == want
+        assert _judged(logits, draws, drafts, given_odds, implementation) == want
     more = (sampler.distribution(logits, draws) - odds).amax(1)
     clear = [bool(x > 1e-9) for x in more]  # else what is left is rounding
     again = [dataclasses.replace(d, refused=q) if c else d for d, q, c in zip(draws, odds, clear, strict=True)]
