@@ -63,13 +63,14 @@ class Keeping:
 
 
 def config_of(ratio: int, whole: ModelConfig) -> ModelConfig:
-    """The largest depth of one kind of layer, none of them hashed, no MTP block."""
+    """The largest depth of one kind of layer, no MTP block. All layers take experts by token id: a random gate would
+    send most tokens to the same ones, which a trained one does not."""
     depth = DEPTHS[-1]
     return replace(
         whole,
         num_hidden_layers=depth,
         compress_ratios=(ratio,) * depth,
-        num_hash_layers=0,
+        num_hash_layers=depth,
         num_nextn_predict_layers=0,
     )
 
