@@ -63,8 +63,8 @@ class Keeping:
 
 
 def config_of(ratio: int, whole: ModelConfig) -> ModelConfig:
-    """The largest depth of one kind of layer, no MTP block. All layers take experts by token id: a random gate would
-    send most tokens to the same ones, which a trained one does not."""
+    """The largest depth of one kind of layer, no MTP block. All layers take experts by token id: a random gate
+    would send most tokens to the same ones, which a trained one does not."""
     depth = DEPTHS[-1]
     return replace(
         whole,
