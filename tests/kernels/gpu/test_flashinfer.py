@@ -322,7 +322,9 @@ class TestWhatItIsHanded:
             flashinfer_hyper.pre(torch.zeros(1, 4, 64), mixer(64))
 
 
-@pytest.mark.skipif(not any(metadata.Distribution.discover(name="flashinfer-python")), reason="flashinfer-python is not installed")
+@pytest.mark.skipif(
+    not any(metadata.Distribution.discover(name="flashinfer-python")), reason="flashinfer-python is not installed"
+)
 def test_the_stand_in_has_its_parameters():
     from flashinfer import mhc, sampling
     from flashinfer.fused_moe import hash_topk

@@ -30,7 +30,9 @@ def test_without_a_gpu_none_is_used(library: ModuleType) -> None:
     assert library.absence() is not None
 
 
-@pytest.mark.skipif(not any(metadata.Distribution.discover(name="flashinfer-python")), reason="flashinfer-python is not installed")
+@pytest.mark.skipif(
+    not any(metadata.Distribution.discover(name="flashinfer-python")), reason="flashinfer-python is not installed"
+)
 def test_flashinfer_has_the_parameters_that_are_used() -> None:
     from flashinfer import topk
     from flashinfer.mla import trtllm_batch_decode_sparse_mla_dsv4
