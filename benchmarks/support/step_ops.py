@@ -105,7 +105,6 @@ STEP_CASES = (
     Case("gate and routes", _route, "both", "w48"),
     Case("experts, FP8", partial(_experts, form="fp8"), "both", "w48"),
     Case("experts, FP4", partial(_experts, form="fp4"), "both", ""),
-    Case("experts, FP4 shuffled", partial(_experts, form="shuffled"), "both", ""),
     Case("sampling, temperature", _sample, "decode", ""),
     Case("sampling, top-k 50, top-p 0.9", partial(_sample, top_k=50, top_p=0.9), "decode", ""),
 )

@@ -19,8 +19,6 @@ GROUP = 128
 FP4_GROUP = 32
 # e2m1 times 2^k is an e4m3 number for these k, the largest of a group of 128 columns being put at the top.
 LARGEST_SHIFT, LEAST_SHIFT = 6, -8
-# Rows and bytes of the blocks that `ShuffledExperts` are cut in: 64 rows of 128 columns.
-BLOCK = 64
 
 
 class Matrix(NamedTuple):
@@ -101,38 +99,6 @@ class Fp4Experts:
 
 
 @dataclass(frozen=True)
-class ShuffledExperts:
-    """FP4 experts laid out for Hopper. w13: [E, ceil(2I/64), ceil(D/128), 4096] uint8, blocks of 64 rows and 128
-    columns, each in one piece; w13_shifts: [E, ceil(D/128), rows] int32 and w13_scales: [E, ceil(D/128), rows]
-    uint8, rows being 2I padded to 64; w2, w2_shifts and w2_scales likewise.
-
-    A block is 64 stored rows of 64 bytes. Stored row 32r + 8w + a is row 16w + 8r + a. Its 32-bit word 4q + 2s + h
-    has columns c..c+3 and 64+c..64+c+3, c = 32s + 16h + 4q, as selectors of a byte permutation. Bits 4j..4j+2:
-    size of column c+j; bits 16+4j..: of column 64+c+j; bit 8j+7: sign of column c+j; bit 8j+3: of column 64+c+j.
-    Scales are those of `lossless_fp8`. Byte g of a stored row's shift is 8 times the shift of its 32 columns g.
-    """
-
-    w13: Tensor
-    w13_shifts: Tensor
-    w13_scales: Tensor
-    w2: Tensor
-    w2_shifts: Tensor
-    w2_scales: Tensor
-    shared: Fp8Experts
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """X (with the shared expert), D and I."""
-        _, dim, inner = self.shared.shape
-        return self.w2.shape[0] + 1, dim, inner
-
-    @property
-    def nbytes(self) -> int:
-        parts = (self.w13, self.w13_shifts, self.w13_scales, self.w2, self.w2_shifts, self.w2_scales)
-        return self.shared.nbytes + sum(t.nbytes for t in parts)
-
-
-@dataclass(frozen=True)
 class FloatExperts:
     """w13: [X, 2I, D], w2: [X, D, I], bfloat16 or float32. The shared expert is the last."""
 
@@ -150,7 +116,7 @@ class FloatExperts:
         return self.w13.nbytes + self.w2.nbytes
 
 
-Experts = Fp8Experts | Fp4Experts | ShuffledExperts | FloatExperts
+Experts = Fp8Experts | Fp4Experts | FloatExperts
 
 
 def fp8_experts(
@@ -193,18 +159,6 @@ def fp4_experts(
 def float_experts(w1: Tensor, w2: Tensor, w3: Tensor) -> FloatExperts:
     """w1, w3: [X, I, D], w2: [X, D, I], the shared expert last."""
     return FloatExperts(torch.stack((w1, w3), 2).flatten(1, 2), w2.contiguous())
-
-
-def shuffled(experts: Fp4Experts) -> ShuffledExperts:
-    """The same weights laid out for Hopper, expert by expert.
-
-    Raises ValueError if the scales of 128 columns of a row are more than 2^11 apart.
-    """
-    w13, w2 = (
-        [torch.stack(part) for part in zip(*map(_blocks, codes, scales), strict=True)]
-        for codes, scales in ((experts.w13, experts.w13_scales), (experts.w2, experts.w2_scales))
-    )
-    return ShuffledExperts(w13[0], w13[1], w13[2], w2[0], w2[1], w2[2], experts.shared)
 
 
 def lossless_fp8(packed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -276,29 +230,6 @@ def _e4m3_table(device: torch.device) -> Tensor:
     shifts = 2.0 ** torch.arange(LEAST_SHIFT, LARGEST_SHIFT + 1)
     table = torch.cat((values, -values))[None, :] * shifts[:, None]
     return table.to(torch.float8_e4m3fn).view(torch.uint8).flatten().to(device)
-
-
-def _blocks(packed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One expert's matrix, [N, K/2] and [N, K/32] uint8 -> codes, shifts and scales of `ShuffledExperts`."""
-    top, shift = _shifts(scale)
-    if int(shift[:, : scale.shape[1]].min()) < 1 - LARGEST_SHIFT:
-        raise ValueError("scales of 128 columns are more than 2^11 apart")
-    rows, half = packed.shape
-    pad = (0, -2 * half % GROUP, 0, -rows % BLOCK)
-    codes = torch.nn.functional.pad(unpacked(packed), pad).long()
-    # [blocks, w, r, a, chunks, half, sh, q, j] -> [blocks, chunks, r, w, a, q, sh, half, j]
-    codes = codes.view(-1, 4, 2, 8, (2 * half + pad[1]) // GROUP, 2, 4, 4, 4).permute(0, 4, 2, 1, 3, 7, 6, 5, 8)
-    low, high = codes.unbind(-2)
-    j = torch.arange(4, device=packed.device)
-    word = ((low & 7) << (4 * j)) | ((high & 7) << (16 + 4 * j)) | ((low >> 3) << (8 * j + 7))
-    word = (word | ((high >> 3) << (8 * j + 3))).sum(-1)  # disjoint bits
-    data = torch.stack([(word >> s) & 255 for s in (0, 8, 16, 24)], -1).to(torch.uint8)
-    eighths = 8 * (shift.clamp_min(1 - LARGEST_SHIFT) + LARGEST_SHIFT).unflatten(1, (-1, GROUP // FP4_GROUP))
-    word = (eighths << torch.arange(0, 32, 8, device=packed.device)).sum(2).int()
-    shifts = torch.nn.functional.pad(word, (0, 0, 0, pad[3]))
-    shifts = shifts.view(-1, 4, 2, 8, shifts.shape[1]).transpose(1, 2).flatten(0, 3)  # in the order of stored rows
-    scales = torch.nn.functional.pad((top - LARGEST_SHIFT).clamp_min(0).to(torch.uint8), (0, 0, 0, pad[3]))
-    return data.flatten(2), shifts.T.contiguous(), scales.T.contiguous()
 
 
 def _alternate(out: Tensor, first: Tensor, second: Tensor) -> None:

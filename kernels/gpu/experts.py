@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from weft.kernels.gpu.base import Arch, Choice, Example, Op, arch, check, check_tensor, installed, portable
-from weft.kernels.gpu.expert_weights import Experts, FloatExperts, Fp4Experts, Fp8Experts, ShuffledExperts
+from weft.kernels.gpu.expert_weights import Experts, FloatExperts, Fp4Experts, Fp8Experts
 from weft.kernels.gpu.linear import quantise_rows
 from weft.kernels.reference import experts as reference
 
@@ -118,7 +118,7 @@ def tiles_for(ids: Tensor, experts: Experts, implementation: str | None = None) 
     if tokens <= DECODE_TOKENS or implementation == "reference":
         return None
     name = None if implementation is None else "triton"
-    most = 64 if isinstance(experts, Fp4Experts | ShuffledExperts) else 128
+    most = 64 if isinstance(experts, Fp4Experts) else 128
     return expert_tiles(
         ids, experts.shape[0], tile_of(tokens, places, experts.shape[0], most), implementation=name
     )
@@ -159,7 +159,6 @@ _READERS: dict[type, tuple[str, ...]] = {
     FloatExperts: ("triton",),
     Fp8Experts: ("triton",),
     Fp4Experts: ("triton", "triton_sm100"),
-    ShuffledExperts: ("triton_fp4",),
 }
 
 
@@ -168,8 +167,6 @@ def choose(arch: Arch, libraries: frozenset[str], experts: Experts | type[Expert
     choice = portable("run_experts", arch, libraries)
     if choice.implementation == "reference" or kind in (FloatExperts, Fp8Experts):
         return choice
-    if kind is ShuffledExperts:
-        return Choice("run_experts", "triton_fp4", "FP4 laid out for byte permutations")
     if arch == "sm100":
         return Choice("run_experts", "triton_sm100", "block-scaled FP4 products")
     return choice
@@ -179,7 +176,7 @@ def least_bytes(tokens: int, places: int, used: int, experts: Experts, itemsize:
     """Weights of the experts used (`used` routed ones and the shared one), x and the pairs' hidden values and
     outputs once, ids and weights."""
     count, dim, inner = experts.shape
-    if isinstance(experts, Fp4Experts | ShuffledExperts):
+    if isinstance(experts, Fp4Experts):
         weights = (experts.nbytes - experts.shared.nbytes) * used // (count - 1) + experts.shared.nbytes
     else:
         weights = experts.nbytes * (used + 1) // count
@@ -189,11 +186,10 @@ def least_bytes(tokens: int, places: int, used: int, experts: Experts, itemsize:
 OP = Op(
     "run_experts",
     "both products of every pair of token and expert, with the gated activation between them",
-    ("reference", "triton", "triton_fp4", "triton_sm100"),
+    ("reference", "triton", "triton_sm100"),
     (
         Example("FP8", partial(choose, experts=Fp8Experts)),
         Example("FP4", partial(choose, experts=Fp4Experts)),
-        Example("FP4, shuffled", partial(choose, experts=ShuffledExperts)),
         Example("plain floats", partial(choose, experts=FloatExperts)),
     ),
 )

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from weft.kernels.gpu.expert_weights import (
-    BLOCK,
     FP4_GROUP,
     GROUP,
     Experts,
     FloatExperts,
     Fp4Experts,
     Fp8Experts,
-    ShuffledExperts,
     unpacked,
 )
 from weft.kernels.quant import e2m1_values
@@ -64,7 +61,7 @@ def _rounded(x: Tensor) -> Tensor:
 
 def matrix(experts: Experts, number: int, name: str) -> Tensor:
     """One expert's w13 or w2, dequantised to float64 [N, K]."""
-    if isinstance(experts, Fp4Experts | ShuffledExperts) and number == experts.shape[0] - 1:
+    if isinstance(experts, Fp4Experts) and number == experts.shape[0] - 1:
         return matrix(experts.shared, 0, name)
     codes: Tensor = getattr(experts, name)[number]
     if isinstance(experts, FloatExperts):
@@ -73,34 +70,8 @@ def matrix(experts: Experts, number: int, name: str) -> Tensor:
     if isinstance(experts, Fp8Experts):
         every = scales.T.repeat_interleave(GROUP, 1)[:, : codes.shape[1]]
         return codes.double() * 2.0 ** (every.double() - 127)
-    if isinstance(experts, Fp4Experts):
-        every = scales.repeat_interleave(FP4_GROUP, 1)
-        return e2m1_values(unpacked(codes).cpu()).to(codes.device).double() * 2.0 ** (every.double() - 127)
-    _, dim, inner = experts.shape
-    shape = (2 * inner, dim) if name == "w13" else (dim, inner)
-    return _unshuffled(codes, getattr(experts, name + "_shifts")[number], scales)[: shape[0], : shape[1]]
-
-
-def _unshuffled(blocks: Tensor, shifts: Tensor, scales: Tensor) -> Tensor:
-    """Codes [blocks, chunks, 4096] uint8, shifts and scales [chunks, rows] of one matrix -> float64."""
-    count, chunks, _ = blocks.shape
-    device = blocks.device
-    words = blocks.view(count, chunks, 64, 16, 4).long()
-    words = (
-        (words << torch.arange(0, 32, 8, device=device)).sum(-1).transpose(1, 2)
-    )  # [blocks, stored, chunks, 16]
-    base = 2.0 ** (scales.T.double().view(count, 64, chunks) - 127 - 6)
-    stored, place = torch.arange(64, device=device), torch.arange(16, device=device)
-    row = 16 * (stored // 8 % 4) + 8 * (stored // 32) + stored % 8
-    shift = shifts.T.long().view(count, 64, chunks, 1)
-    out = torch.empty(count, 64, chunks, GROUP, dtype=torch.float64, device=device)
-    for j, half in itertools.product(range(4), range(2)):
-        column = 32 * (place // 2 % 2) + 16 * (place % 2) + 4 * (place // 4) + j + 64 * half
-        code = (words >> (16 * half + 4 * j) & 7) | (words >> (8 * j + (3 if half else 7)) & 1) << 3
-        lift = 2.0 ** ((shift >> 8 * (column // FP4_GROUP) & 255) // 8).double()
-        values = e2m1_values(code.cpu()).to(device).double() * lift * base[:, row][..., None]
-        out[:, row[:, None], :, column[None, :]] = values.permute(1, 3, 0, 2)
-    return out.flatten(2).flatten(0, 1)
+    every = scales.repeat_interleave(FP4_GROUP, 1)
+    return e2m1_values(unpacked(codes).cpu()).to(codes.device).double() * 2.0 ** (every.double() - 127)
 
 
 def expert_tiles(ids: Tensor, count: int, tile: int) -> tuple[Tensor, Tensor]:
@@ -138,7 +109,7 @@ def example(
     dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, Any]:
     """Arguments of `run_experts` with random weights made on the device, V4-Flash's sizes by default (FP8 6.5 GB,
-    FP4 3.4 GB). format: "fp8", "fp4", "shuffled" or "float"."""
+    FP4 3.4 GB). format: "fp8", "fp4" or "float"."""
     ids, weights = random_routes(tokens, count, k, device)
     x = torch.randn(tokens, dim, device=device).to(dtype)
     return {
@@ -176,20 +147,11 @@ def random_experts(
         return Fp8Experts(*made)
     shared = random_experts("fp8", dim, inner, 0, device)
     assert isinstance(shared, Fp8Experts)
-    if format == "fp4":
-        return Fp4Experts(
-            codes(count, 2 * inner, dim // 2),
-            scales(count, 2 * inner, dim // FP4_GROUP, around=121),
-            codes(count, dim, inner // 2),
-            scales(count, dim, inner // FP4_GROUP, around=121),
-            shared,
-        )
-    assert format == "shuffled", format
-    made = []
-    for rows, columns in ((2 * inner, dim), (dim, inner)):
-        blocks, chunks = -(-rows // BLOCK), -(-columns // GROUP)
-        shifts = codes(count, chunks, blocks * BLOCK, 4)  # 8..12, times 8
-        shifts.bitwise_and_(3).add_(8).mul_(8)
-        made += [codes(count, blocks, chunks, 4096), shifts.view(torch.int32)[..., 0]]
-        made.append(scales(count, chunks, blocks * BLOCK, around=116))
-    return ShuffledExperts(made[0], made[1], made[2], made[3], made[4], made[5], shared)
+    assert format == "fp4", format
+    return Fp4Experts(
+        codes(count, 2 * inner, dim // 2),
+        scales(count, 2 * inner, dim // FP4_GROUP, around=121),
+        codes(count, dim, inner // 2),
+        scales(count, dim, inner // FP4_GROUP, around=121),
+        shared,
+    )

@@ -15,11 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from weft.kernels.gpu.aot import AotCase
-from weft.kernels.gpu.base import Arch
-from weft.kernels.gpu.expert_weights import Experts, FloatExperts, Fp4Experts, Fp8Experts, ShuffledExperts
+from weft.kernels.gpu.expert_weights import Experts, FloatExperts, Fp4Experts, Fp8Experts
 from weft.kernels.gpu.experts import ExpertTiles
 from weft.kernels.triton.experts_parts import float_sums, fp4_sums, fp8_sums, swiglu
-from weft.kernels.triton.experts_shuffled import shuffled_sums
 
 # Each number of tokens is a binary of its own; contraction would be decided anew in each.
 SAME_BITS = {"enable_fp_fusion": False}
@@ -27,9 +25,9 @@ SAME_BITS = {"enable_fp_fusion": False}
 
 @triton.jit
 def sums(
-    w, w_shifts, w_scales, shared, shared_scales, expert, tile, row, x, x_scales, x_pitch, xrow, here,
+    w, w_scales, shared, shared_scales, expert, row, x, x_scales, x_pitch, xrow, here,
     N: tl.constexpr, K: tl.constexpr, E: tl.constexpr, FORMAT: tl.constexpr, CODED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Rows `row` of `expert` times rows `xrow` of x -> [BM, BN] float32."""
     CHUNKS: tl.constexpr = (K + 127) // 128
@@ -45,46 +43,25 @@ def sums(
         total = tl.zeros([BM, BN], tl.float32)
         if expert == E:
             total = fp8_sums(shared, shared_scales, row, x, x_scales, x_pitch, xrow, here, N, K, CODED, BM, BN)
-        elif FORMAT == "fp4":
+        else:
             codes = w + number * (N * (K // 2))
             scales = w_scales + number * (N * (K // 32))
             total = fp4_sums(codes, scales, row, x, x_scales, x_pitch, xrow, here, N, K, CODED, BM, BN)
-        else:
-            ROWS: tl.constexpr = (N + 63) // 64 * 64
-            codes = w + number * (ROWS * CHUNKS * 64)
-            at = number * (ROWS * CHUNKS)
-            total = shuffled_sums(
-                codes,
-                w_shifts + at,
-                w_scales + at,
-                tile,
-                x,
-                x_scales,
-                x_pitch,
-                xrow,
-                here,
-                N,
-                K,
-                CODED,
-                BM,
-                BN,
-                ASM,
-            )
         return total
 
 
 @triton.jit
 def product(
-    out, x, x_scales, x_pitch, weights, w, w_shifts, w_scales, shared, shared_scales, expert, tile, pair, here,
+    out, x, x_scales, x_pitch, weights, w, w_scales, shared, shared_scales, expert, tile, pair, here,
     limit, PLACES: tl.constexpr, N: tl.constexpr, K: tl.constexpr, E: tl.constexpr, FORMAT: tl.constexpr,
-    GATED: tl.constexpr, CODED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr,
+    GATED: tl.constexpr, CODED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Tile `tile` of the expert's rows for pairs `pair` [BN], of which `here` are any, into out [pairs, *]."""
     row = tile * BM + tl.arange(0, BM)
     xrow = pair // PLACES if GATED else pair
     total = sums(
-        w, w_shifts, w_scales, shared, shared_scales, expert, tile, row, x, x_scales, x_pitch, xrow, here, N, K,
-        E, FORMAT, CODED, BM, BN, ASM,
+        w, w_scales, shared, shared_scales, expert, row, x, x_scales, x_pitch, xrow, here, N, K,
+        E, FORMAT, CODED, BM, BN,
     )  # fmt: skip
     if GATED:
         weight = tl.load(weights + pair, mask=here, other=0.0)
@@ -137,9 +114,9 @@ def take(ids, expert, last, count, T, PLACES: tl.constexpr, PAIRS: tl.constexpr,
 
 @triton.jit(do_not_specialize=("T", "x_pitch"))
 def decode_kernel(
-    out, x, x_scales, x_pitch, ids, weights, w, w_shifts, w_scales, shared, shared_scales, T, limit,
+    out, x, x_scales, x_pitch, ids, weights, w, w_scales, shared, shared_scales, T, limit,
     PLACES: tl.constexpr, N: tl.constexpr, K: tl.constexpr, E: tl.constexpr, FORMAT: tl.constexpr,
-    GATED: tl.constexpr, CODED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr,
+    GATED: tl.constexpr, CODED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BY_PAIR: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of rows, slot): first a slot for every BN tokens of the shared expert, then the routed ones: a
@@ -149,8 +126,8 @@ def decode_kernel(
     if slot < all_tokens:
         token = slot * BN + tl.arange(0, BN)
         product(
-            out, x, x_scales, x_pitch, weights, w, w_shifts, w_scales, shared, shared_scales, E, tile,
-            token * PLACES + PLACES - 1, token < T, limit, PLACES, N, K, E, FORMAT, GATED, CODED, BM, BN, ASM,
+            out, x, x_scales, x_pitch, weights, w, w_scales, shared, shared_scales, E, tile,
+            token * PLACES + PLACES - 1, token < T, limit, PLACES, N, K, E, FORMAT, GATED, CODED, BM, BN,
         )  # fmt: skip
     else:
         expert, count = find(ids, T, slot - all_tokens, PLACES, BY_PAIR, PAIRS)
@@ -158,17 +135,16 @@ def decode_kernel(
         for first in range(0, count, BN):
             mine, last = take(ids, expert, last, count - first, T, PLACES, PAIRS, BN)
             product(
-                out, x, x_scales, x_pitch, weights, w, w_shifts, w_scales, shared, shared_scales, expert, tile,
+                out, x, x_scales, x_pitch, weights, w, w_scales, shared, shared_scales, expert, tile,
                 mine, first + tl.arange(0, BN) < count, limit, PLACES, N, K, E, FORMAT, GATED, CODED, BM, BN,
-                ASM,
             )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=("x_pitch",))
 def tiles_kernel(
-    out, x, x_scales, x_pitch, order, table, weights, w, w_shifts, w_scales, shared, shared_scales, limit,
+    out, x, x_scales, x_pitch, order, table, weights, w, w_scales, shared, shared_scales, limit,
     PLACES: tl.constexpr, N: tl.constexpr, K: tl.constexpr, E: tl.constexpr, FORMAT: tl.constexpr,
-    GATED: tl.constexpr, CODED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr,
+    GATED: tl.constexpr, CODED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of rows, tile of sorted pairs)."""
     entry = table + tl.program_id(1) * 3
@@ -177,15 +153,15 @@ def tiles_kernel(
         column = tl.arange(0, BN)
         pair = tl.load(order + tl.load(entry + 1) + column, mask=column < count, other=0)
         product(
-            out, x, x_scales, x_pitch, weights, w, w_shifts, w_scales, shared, shared_scales, tl.load(entry),
-            tl.program_id(0), pair, column < count, limit, PLACES, N, K, E, FORMAT, GATED, CODED, BM, BN, ASM,
+            out, x, x_scales, x_pitch, weights, w, w_scales, shared, shared_scales, tl.load(entry),
+            tl.program_id(0), pair, column < count, limit, PLACES, N, K, E, FORMAT, GATED, CODED, BM, BN,
         )  # fmt: skip
 
 
 def config(format: str, tokens: int, tile: int | None) -> dict[str, int]:
     """Tile heights and widths, warps, stages, registers. Few tokens: small tiles, for enough programs and little
     work on tokens; 128 registers, for four programs on a multiprocessor."""
-    if tile is not None and format in ("fp4", "shuffled"):
+    if tile is not None and format == "fp4":
         return {"BM": 64, "BN": tile, "num_warps": 4, "num_stages": 3}
     if tile is not None:
         return {"BM": 128, "BN": tile, "num_warps": 4 if tile <= 32 else 8, "num_stages": 3}
@@ -194,10 +170,7 @@ def config(format: str, tokens: int, tile: int | None) -> dict[str, int]:
         return {"BM": 64, "BN": least if tokens <= 8 else 16, "num_warps": 8, "num_stages": 4}
     if tokens <= 8:
         return {"BM": 64, "BN": least, "num_warps": 4, "num_stages": 5, "maxnreg": 128}
-    # What becomes e4m3 in the kernel wants taller tiles sooner: the work on tokens is then half as much a weight.
-    tall = tokens > 64 or format == "shuffled"
-    wide = tokens > 128 and format != "shuffled"
-    return {"BM": 128 if tall else 64, "BN": 32 if wide else 16, "num_warps": 4, "num_stages": 4}
+    return {"BM": 128 if tokens > 64 else 64, "BN": 32 if tokens > 128 else 16, "num_warps": 4, "num_stages": 4}
 
 
 def run(
@@ -210,7 +183,7 @@ def run(
     weights = out if weights is None else weights  # not read
     tokens, places = ids.shape
     how: dict[str, Any] = config(constants["FORMAT"], tokens, tiles.size if tiles else None)
-    constants |= {"CODED": x_scales is not None, **how, **SAME_BITS, "ASM": not _interpreted()}
+    constants |= {"CODED": x_scales is not None, **how, **SAME_BITS}
     blocks = triton.cdiv(constants["N"], how["BM"])
     scales = arrays["w_scales"] if x_scales is None else x_scales
     assert x_scales is None or x_scales.stride(0) == 1, x_scales.stride()
@@ -230,10 +203,6 @@ def run(
     )  # fmt: skip
 
 
-def _interpreted() -> bool:
-    return bool(triton.knobs.runtime.interpret)
-
-
 def arguments(experts: Experts, ids: Tensor, gated: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Constants and weights of one of the two products."""
     count, dim, inner = experts.shape
@@ -248,13 +217,11 @@ def arguments(experts: Experts, ids: Tensor, gated: bool) -> tuple[dict[str, Any
         "FORMAT": _FORMATS[type(experts)],
     }
     w_scales = w if isinstance(experts, FloatExperts) else getattr(experts, name + "_scales")
-    w_shifts = getattr(experts, name + "_shifts", w_scales)
     shared, shared_scales = w, w_scales
-    if isinstance(experts, Fp4Experts | ShuffledExperts):
+    if isinstance(experts, Fp4Experts):
         shared, shared_scales = getattr(experts.shared, name), getattr(experts.shared, name + "_scales")
     return constants, {
         "w": w,
-        "w_shifts": w_shifts,
         "w_scales": w_scales,
         "shared": shared,
         "shared_scales": shared_scales,
@@ -265,15 +232,13 @@ _FORMATS: dict[type, str] = {
     FloatExperts: "float",
     Fp8Experts: "fp8",
     Fp4Experts: "fp4",
-    ShuffledExperts: "shuffled",
 }
 
 
 def aot() -> tuple[AotCase, ...]:
-    """V4-Flash's sizes: decode of 8 tokens, up to 64 and up to 256, and prefill. What is laid out for Hopper is
-    compiled for it only."""
+    """V4-Flash's sizes: decode of 8 tokens, up to 64 and up to 256, and prefill."""
     cases = []
-    for format, tile in (("fp8", 128), ("float", 128), ("fp4", 64), ("shuffled", 64)):
+    for format, tile in (("fp8", 128), ("float", 128), ("fp4", 64)):
         for gated in (True, False):
             for tokens in (8, 64, 256):
                 cases.append(_case(format, gated, tokens, None))
@@ -295,7 +260,6 @@ def _case(format: str, gated: bool, tokens: int, tile: int | None) -> AotCase:
         "CODED": coded,
         "BM": how["BM"],
         "BN": how["BN"],
-        "ASM": True,
     }
     kernel = decode_kernel if tile is None else tiles_kernel
     if tile is None:
@@ -304,7 +268,6 @@ def _case(format: str, gated: bool, tokens: int, tile: int | None) -> AotCase:
         "fp8": ("*fp8e4nv", "*u8"),
         "float": ("*bf16", "*bf16"),
         "fp4": ("*u8", "*u8"),
-        "shuffled": ("*u8", "*u8"),
     }
     kinds = dict.fromkeys(("ids", "order", "table"), "*i32") | {
         "weights": "*fp32",
@@ -314,7 +277,6 @@ def _case(format: str, gated: bool, tokens: int, tile: int | None) -> AotCase:
     }
     kinds |= {"out": "*bf16", "x": "*fp8e4nv" if coded else "*bf16", "x_scales": "*u8"}
     kinds |= dict(zip(("w", "w_scales"), codes[format], strict=True))
-    kinds["w_shifts"] = "*i32" if format == "shuffled" else kinds["w_scales"]
     kinds |= dict(zip(("shared", "shared_scales"), codes["float" if format == "float" else "fp8"], strict=True))
     kinds |= dict.fromkeys(constants, "constexpr")
     signature = {argument: kinds[argument] for argument in kernel.arg_names}
@@ -324,7 +286,6 @@ def _case(format: str, gated: bool, tokens: int, tile: int | None) -> AotCase:
         f"{tokens} tokens" if tile is None else f"tiles of {tile}"
     )
     options = {**SAME_BITS, **({"maxnreg": how["maxnreg"]} if "maxnreg" in how else {})}
-    archs: tuple[Arch, ...] = ("sm90",) if format == "shuffled" else ("sm90", "sm100")
     return AotCase(
-        name, kernel, signature, constants, how["num_warps"], how["num_stages"], archs, expect, options=options
+        name, kernel, signature, constants, how["num_warps"], how["num_stages"], expect=expect, options=options
     )

@@ -141,7 +141,6 @@ def run(
     """As `experts.run`, for `Fp4Experts`."""
     assert isinstance(experts, Fp4Experts), type(experts)
     constants, arrays = arguments(experts, ids, gated)
-    del arrays["w_shifts"]
     scales = arrays["w_scales"] if x_scales is None else x_scales
     assert x_scales is None or x_scales.stride(0) == 1, x_scales.stride()
     constants = {name: constants[name] for name in ("PLACES", "N", "K", "E", "GATED")}

@@ -15,7 +15,7 @@ from math import prod
 from typing import Literal
 
 from weft.runtime.cache.capacity import Capacity, PoolSizes
-from weft.runtime.checkpoint.layout import FP8_BLOCK, Weight, ceil_div, weights
+from weft.runtime.checkpoint.layout import FP4_GROUP, FP8_BLOCK, Weight, ceil_div, weights
 from weft.runtime.config import C4, C128, ModelConfig
 from weft.runtime.errors import ConfigError
 
@@ -149,16 +149,13 @@ def _weights(config: ModelConfig, itemsize: int, experts: ExpertFormat) -> dict[
 def weight_bytes(weight: Weight, itemsize: int, experts: ExpertFormat) -> int:
     """Bytes of a weight on the card; itemsize: of the model's dtype.
 
-    FP8: codes, and a scale per row and 128 columns. FP4 experts: the same, or packed in blocks of 64 rows and 128
-    columns, with five bytes of scales a row (`ShuffledExperts`; four on Blackwell). Matrices that are released in
-    bfloat16 stay so, unless the model's dtype is wider; the rest is float32 or int32.
+    FP8: codes, and a scale per row and 128 columns. FP4 experts: the same, or packed as they are released.
+    Matrices that are released in bfloat16 stay so, unless the model's dtype is wider; others are float32 or int32.
     """
     count = prod(weight.shape)
     if weight.storage == "fp4" and experts == "fp4":
         rows, columns = weight.shape
-        # w1 and w3 are the rows of one matrix.
-        parts = 1 if weight.name.endswith("w2.weight") else 2
-        return ceil_div(parts * rows, 64) * 64 // parts * ceil_div(columns, FP8_BLOCK) * (64 + 5)
+        return rows * (ceil_div(columns, 2) + ceil_div(columns, FP4_GROUP))
     if weight.storage in ("fp8", "fp4"):
         rows, columns = weight.shape
         return count + rows * ceil_div(columns, FP8_BLOCK)

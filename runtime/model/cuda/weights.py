@@ -16,7 +16,6 @@ from weft.kernels.gpu.expert_weights import (
     float_experts,
     fp4_experts,
     fp8_experts,
-    shuffled,
 )
 from weft.kernels.gpu.hyper import HeadMixer, Mixer
 from weft.kernels.gpu.weights import FloatWeight, pack_fp8
@@ -110,8 +109,7 @@ class DeviceWeights:
             stored = (_as_stored(triple) for triple in every)
             if not first[0].is_fp4 or (self.expert_format or default_format(arch)) == "fp8":
                 return fp8_experts(stored, count, _as_stored(shared), self.device)
-            packed = fp4_experts(stored, count, _as_stored(shared), self.device)
-            return packed if arch == "sm100" else shuffled(packed)
+            return fp4_experts(stored, count, _as_stored(shared), self.device)
         except ValueError as error:
             raise CheckpointError(f"{self._prefix}experts: {error}") from error
 

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from support.kernels import U16, U32, assert_within, gamma, same_bits
-from weft.kernels.gpu.expert_weights import Experts, FloatExperts, Fp4Experts, Fp8Experts, ShuffledExperts
+from weft.kernels.gpu.expert_weights import Experts, FloatExperts, Fp4Experts, Fp8Experts
 from weft.kernels.gpu.experts import (
     DECODE_TOKENS,
     choose,
@@ -25,7 +25,7 @@ from weft.kernels.gpu.experts import (
 from weft.kernels.gpu.interpreter import launches, traffic
 from weft.kernels.reference import experts as reference
 
-FORMATS = ("fp8", "fp4", "shuffled", "float")
+FORMATS = ("fp8", "fp4", "float")
 INTERPRETED = not torch.cuda.is_available()
 # The interpreter has tl.dot_scaled from Triton 3.9 on; a GPU needs the instruction.
 _VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -40,11 +40,12 @@ def sum_bound(x: Tensor, ids: Tensor, experts: Experts, name: str) -> Tensor:
     """Of the error of the products, [pairs, N] float64: x [T, K] or [pairs, K].
 
     Products of codes are exact (4 significant bits times 4), scales are powers of two: what is left is the
-    rounding of K sums, 2^-24 of what is added each. Hopper adds 128 products in fewer bits: at least 13 behind the
-    largest.
+    rounding of K sums, 2^-24 of what is added each. Hopper cuts each of 128 products, and the sum so far, 13 bits
+    behind the largest: errors of one sign would be 132 * 2^-13 of that; 2^-9 of all sizes is a quarter of it where
+    ten products are as large.
     """
     columns = x.shape[1]
-    unit = gamma(columns + 2) if x.device.type == "cpu" or isinstance(experts, FloatExperts) else 2.0**-12
+    unit = gamma(columns + 2) if x.device.type == "cpu" or isinstance(experts, FloatExperts) else 2.0**-9
     rows = reference.activations(x, experts).abs()
     if len(rows) != ids.numel():
         rows = rows.repeat_interleave(ids.shape[1], 0)
@@ -82,7 +83,7 @@ def test_against_float64(format: str, dtype: torch.dtype, device: str) -> None:
     check(make(format, 5, device, dim=160, inner=96, count=4, k=2, dtype=dtype))
 
 
-@pytest.mark.parametrize("format", ["fp8", "shuffled"])
+@pytest.mark.parametrize("format", ["fp8", "fp4"])
 def test_whole_chunks(format: str, device: str) -> None:
     check(make(format, 2, device, dim=256, inner=128, count=3, k=2))
 
@@ -116,7 +117,7 @@ def test_a_token_has_the_same_bits_in_every_batch(format: str, device: str) -> N
 
 
 @pytest.mark.skipif(INTERPRETED, reason="for the GPU's own products")
-@pytest.mark.parametrize("format", ["fp8", "shuffled"])
+@pytest.mark.parametrize("format", ["fp8", "fp4"])
 def test_bits_at_the_models_width(format: str, device: str) -> None:
     """Every shape of tile, of decode and of prefill."""
     given = make(format, 4000, device, dim=4096, inner=2048, count=32, k=6)
@@ -234,7 +235,6 @@ def test_bytes_moved(device: str) -> None:
         ("sm80", Fp8Experts, "reference"),
         ("sm90", Fp8Experts, "triton"),
         ("sm90", Fp4Experts, "triton"),
-        ("sm90", ShuffledExperts, "triton_fp4"),
         ("sm100", Fp4Experts, "triton_sm100"),
         ("sm100", FloatExperts, "triton"),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
@@ -11,19 +10,16 @@ from torch import Tensor
 
 from support.kernels import same_bits
 from weft.kernels.gpu.expert_weights import (
-    Fp4Experts,
-    Fp8Experts,
     Matrix,
     StoredExpert,
     float_experts,
     fp4_experts,
     fp8_experts,
     lossless_fp8,
-    shuffled,
     unpacked,
 )
 from weft.kernels.gpu.experts import run_experts
-from weft.kernels.quant import FP4_VALUES, e2m1_values
+from weft.kernels.quant import e2m1_values
 from weft.kernels.reference import experts as reference
 
 DIM, INNER, EXPERTS = 160, 96, 3
@@ -88,7 +84,7 @@ def test_scales_too_far_apart_are_refused() -> None:
 def test_all_layouts_hold_the_released_values() -> None:
     routed, shared = [expert(fp4_matrix) for _ in range(EXPERTS)], expert(fp8_matrix)
     packed = fp4_experts(routed, EXPERTS, shared, "cpu")
-    for made in (fp8_experts(routed, EXPERTS, shared, "cpu"), packed, shuffled(packed)):
+    for made in (fp8_experts(routed, EXPERTS, shared, "cpu"), packed):
         assert made.shape == (EXPERTS + 1, DIM, INNER)
         for number, stored in enumerate([*routed, shared]):
             assert torch.equal(reference.matrix(made, number, "w13"), alternating(stored))
@@ -114,7 +110,7 @@ def moved(experts: Any, device: str) -> Any:
 
 
 def test_fp4_multiplies_as_the_fp8_made_of_it(device: str) -> None:
-    """Bit for bit, whether unpacked by arithmetic or by byte permutations; scales up to 2^11 apart."""
+    """Bit for bit; scales up to 2^11 apart."""
     routed = [expert(lambda n, k: fp4_matrix(n, k, spread=11)) for _ in range(EXPERTS)]
     shared = expert(fp8_matrix)
     packed = fp4_experts(routed, EXPERTS, shared, "cpu")
@@ -122,74 +118,4 @@ def test_fp4_multiplies_as_the_fp8_made_of_it(device: str) -> None:
     x = torch.randn(4, DIM, device=device).bfloat16()
     want = run_experts(x, ids, weights, moved(fp8_experts(routed, EXPERTS, shared, "cpu"), device), 10.0)
     assert bool(torch.isfinite(want).all()) and want.abs().max() > 1.0
-    for made in (packed, shuffled(packed)):
-        assert same_bits(run_experts(x, ids, weights, moved(made, device), 10.0), want)
-
-
-def test_a_spread_that_byte_permutations_do_not_hold() -> None:
-    routed = [expert(lambda n, k: fp4_matrix(n, k, spread=13))]
-    packed = fp4_experts(routed, 1, expert(fp8_matrix), "cpu")
-    assert isinstance(packed, Fp4Experts) and isinstance(packed.shared, Fp8Experts)
-    with pytest.raises(ValueError, match=r"2\^11"):
-        shuffled(packed)
-
-
-def run_ptx(text: str, registers: dict[str, int]) -> dict[str, int]:
-    """What the few instructions of the byte permutations do, on 32-bit registers."""
-
-    def prmt(a: int, b: int, select: int) -> int:
-        data = (a | b << 32).to_bytes(8, "little")
-        picks = [select >> 4 * i & 15 for i in range(4)]
-        assert all(pick < 8 for pick in picks), "signs are replicated by selectors from 8 on"
-        return int.from_bytes(bytes(data[pick] for pick in picks), "little")
-
-    def lop3(a: int, b: int, c: int, table: int) -> int:
-        bits = (table >> ((a >> i & 1) << 2 | (b >> i & 1) << 1 | (c >> i & 1)) & 1 for i in range(32))
-        return sum(bit << i for i, bit in enumerate(bits))
-
-    what = {
-        "and.b32": lambda a, b: a & b,
-        "shl.b32": lambda a, b: a << b & 0xFFFFFFFF,
-        "shr.b32": lambda a, b: a >> b,
-        "mad.lo.u32": lambda a, b, c: (a * b + c) & 0xFFFFFFFF,
-        "prmt.b32": prmt,
-        "lop3.b32": lop3,
-    }
-    for line in re.findall(r"[^{};\n]+(?=;)", text):
-        name, _, rest = line.strip().partition(" ")
-        if name == ".reg":
-            continue
-        target, *arguments = (part.strip() for part in rest.split(","))
-        registers[target] = what[name](*(registers[a] if a in registers else int(a, 0) for a in arguments))
-    return registers
-
-
-def test_byte_permutations_give_e4m3(device: str) -> None:
-    """The instructions themselves, on every code at every shift."""
-    from weft.kernels.triton.experts_shuffled import lift_asm
-
-    if device == "cuda":
-        pytest.skip("the kernels' own tests run them")
-    positive = torch.tensor(FP4_VALUES)
-    table = torch.cat((positive, -positive))
-    for shift in range(1, 13):
-        shifts = [shift, 13 - shift, (shift + 4) % 12 + 1, (shift + 8) % 12 + 1]
-        codes = torch.randint(0, 16, (4, 8))
-        codes[0], codes[1] = torch.arange(8), torch.arange(8, 16)
-        codes[2], codes[3] = torch.arange(15, 7, -1), torch.arange(7, -1, -1)
-        registers = {"$12": sum(8 * s << 8 * g for g, s in enumerate(shifts))}
-        for word, (low, high) in enumerate((row[:4].tolist(), row[4:].tolist()) for row in codes):
-            registers[f"${8 + word}"] = sum(
-                (low[j] & 7) << 4 * j
-                | (high[j] & 7) << 16 + 4 * j
-                | (low[j] >> 3) << 8 * j + 7
-                | (high[j] >> 3) << 8 * j + 3
-                for j in range(4)
-            )
-        registers = run_ptx(lift_asm(), registers)
-        for word in range(4):
-            for half in (0, 1):
-                made = registers[f"${word + 4 * half}"].to_bytes(4, "little")
-                got = torch.tensor(list(made), dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-                want = table[codes[word, 4 * half : 4 * half + 4]] * 2.0 ** (shifts[word // 2 + 2 * half] - 6)
-                assert torch.equal(got, want)
+    assert same_bits(run_experts(x, ids, weights, moved(packed, device), 10.0), want)
