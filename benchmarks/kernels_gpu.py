@@ -29,7 +29,7 @@ from weft.kernels.libraries import deep_gemm, flash_mla
 
 LIBRARIES = {"flash_mla": flash_mla, "deep_gemm": deep_gemm}
 BATCHES = {"decode": (1, 8, 32, 64, 128, 256), "both": (1, 32, 256, 2048), "prefill": (512, 2048), "rare": (1, 16)}
-_LARGEST = {"index logits, 32,768 keys (128k)": 64}
+_LARGEST = {"index logits, 32,768 keys (128k)": 64, "experts, FP4": 32}
 
 
 def timed(case: Case, rows: int, limits: dict[str, float]) -> dict[str, Any]:
