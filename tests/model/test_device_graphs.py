@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import cache
 
@@ -17,6 +19,7 @@ from weft.runtime.cache.device_pools import DevicePools
 from weft.runtime.cache.sequence import SequenceState
 from weft.runtime.model.batch import Batch
 from weft.runtime.model.cuda import shape
+from weft.runtime.model.cuda.block import Block
 from weft.runtime.model.cuda.graphs import Graphs
 from weft.runtime.model.cuda.model import DeviceModel
 from weft.runtime.model.verify import TakeBack
@@ -208,6 +211,30 @@ def test_without_capture_it_runs_on_the_same_buffers() -> None:
         out = graphs.run(0, lambda: torch.zeros(3), lambda x, value=value: x.fill_(value), function)
         assert (out == value + 1).all()
     assert len(set(seen)) == 1
+
+
+def test_threads_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine's thread may capture a step while another one asks the same model for something."""
+    inside: list[Block] = []
+    together: list[bool] = []
+    run: Callable[..., object] = Block.__call__
+
+    def alone(block: Block, *args: object) -> object:
+        together.append(bool(inside))
+        inside.append(block)
+        time.sleep(0.002)
+        out = run(block, *args)
+        inside.remove(block)
+        return out
+
+    runs = [Run(models()[0], (20,)), Run(models()[0], (30,))]
+    monkeypatch.setattr(Block, "__call__", alone)
+    threads = [threading.Thread(target=lambda own=own: [own.decode((0,)) for _ in range(3)]) for own in runs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(together) == 6 * len(models()[0].blocks) and not any(together)
 
 
 # -- on a GPU ------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ they are.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from threading import RLock
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -54,7 +55,9 @@ class _Outputs(NamedTuple):
 
 
 class DeviceModel:
-    """A DeepSeek-V4 network on device tensors. Stateless: all sequence state is in the batch's `DevicePools`."""
+    """A DeepSeek-V4 network on device tensors. Stateless: all sequence state is in the batch's `DevicePools`.
+
+    Threads take turns: while one captures a step, another must not touch the second stream."""
 
     def __init__(
         self,
@@ -88,6 +91,7 @@ class DeviceModel:
         self.mtp = MtpBlock(config, weights.under("mtp.0.")) if config.has_mtp else None
         self._kinds = frozenset(config.layer_kinds)
         self._side = Side(self.device)
+        self._turn = RLock()
         self._pads = graphs
         self._capture = CudaCapture(self.device) if graphs and self.device.type == "cuda" else None
         # A graph reads and writes the pools that it was captured over, by address, and goes with them.
@@ -115,7 +119,8 @@ class DeviceModel:
         folds are valid until the next step.
         """
         if batch.replays:
-            return self._replay(ids, batch)
+            with self._turn:
+                return self._replay(ids, batch)
         h, folds = self._step("forward", ids, batch, self._kinds, self._backbone)
         if batch.folds is not None:
             assert folds is not None
@@ -201,10 +206,11 @@ class DeviceModel:
         if not self._pads or not 0 < len(h) <= _HEAD_ROWS:
             return run(h)
         size = size_of(len(h))
-        out = self._heads.run(
-            (name, size), lambda: h.new_zeros(size, *h.shape[1:]), lambda rows: rows[: len(h)].copy_(h), run
-        )
-        return out[: len(h)].clone()
+        with self._turn:
+            out = self._heads.run(
+                (name, size), lambda: h.new_zeros(size, *h.shape[1:]), lambda rows: rows[: len(h)].copy_(h), run
+            )
+            return out[: len(h)].clone()
 
     # -- steps ------------------------------------------------------------------------------------------
 
@@ -224,11 +230,12 @@ class DeviceModel:
         pools = batch.pools
         assert isinstance(pools, DevicePools)
         shape = padded(batch, kinds) if self._pads else None
-        if shape is None:
-            step = DeviceStep.of(batch, ids, self.rope, kinds, self._side)
-            return _Outputs(run(step, h), step.folds)
-        out = self._replayed(name, host_input(batch, ids, shape), shape, pools, run, h)
-        return _Outputs(out.h[: batch.tokens].clone(), out.folds)
+        with self._turn:
+            if shape is None:
+                step = DeviceStep.of(batch, ids, self.rope, kinds, self._side)
+                return _Outputs(run(step, h), step.folds)
+            out = self._replayed(name, host_input(batch, ids, shape), shape, pools, run, h)
+            return _Outputs(out.h[: batch.tokens].clone(), out.folds)
 
     def _replayed(
         self,
@@ -252,8 +259,9 @@ class DeviceModel:
             step = DeviceStep(shape, inputs.given, pools, self.rope, self._side)
             return _Outputs(run(step, inputs.h), step.folds)
 
-        graphs = self._steps.setdefault(pools, Graphs(self._capture, _MOST_STEPS))
-        return graphs.run((name, shape), inputs, fill, function)
+        with self._turn:
+            graphs = self._steps.setdefault(pools, Graphs(self._capture, _MOST_STEPS))
+            return graphs.run((name, shape), inputs, fill, function)
 
     @torch.inference_mode()
     def prepare(self, pools: DevicePools) -> int:
