@@ -136,9 +136,12 @@ def fp4_experts(
 ) -> Fp4Experts:
     """`count` routed experts in FP4, kept as they are but for the order of rows, and the shared one in FP8.
 
-    Raises ValueError if one could not be e4m3 (`lossless_fp8`): most architectures multiply as such.
+    Raises ValueError if one could not be e4m3 (`lossless_fp8`): most architectures multiply as such; and for sizes
+    that are no multiples of 32.
     """
     inner, dim = shared.w1.codes.shape
+    if dim % FP4_GROUP or inner % FP4_GROUP:
+        raise ValueError(f"FP4 experts of {inner} x {dim}: no multiples of {FP4_GROUP}; they can be held as FP8")
     one = Fp8Experts.empty(1, dim, inner, device)
     one.put(0, _moved(shared, device))
     out = Fp4Experts(
@@ -195,7 +198,9 @@ def usable(packed: Tensor, scale: Tensor) -> Tensor:
     Raises ValueError where the others are too far apart, or too small, for `lossless_fp8`.
     """
     scales = scale.view(torch.uint8).int()
-    zeros = (unpacked(packed).unflatten(1, (-1, FP4_GROUP)) & 7).amax(2) == 0
+    codes = unpacked(packed)
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % FP4_GROUP))
+    zeros = (codes.unflatten(1, (-1, FP4_GROUP)) & 7).amax(2) == 0
     top = _of_chunks(torch.where(zeros, 0, scales)).amax(2)
     every = top.repeat_interleave(GROUP // FP4_GROUP, 1)[:, : scales.shape[1]]
     apart = torch.where(zeros, 0, every - scales)

@@ -27,7 +27,7 @@ DIM, INNER, EXPERTS = 160, 96, 3
 
 def fp4_matrix(rows: int, columns: int, spread: int = 4) -> Matrix:
     packed = torch.randint(-128, 128, (rows, columns // 2), dtype=torch.int8)
-    scale = torch.randint(120, 121 + spread, (rows, columns // 32), dtype=torch.uint8)
+    scale = torch.randint(120, 121 + spread, (rows, -(-columns // 32)), dtype=torch.uint8)
     return Matrix(packed, scale.view(torch.float8_e8m0fnu))
 
 
@@ -46,7 +46,7 @@ def values(matrix: Matrix) -> Tensor:
     scale = matrix.scale.float().double()
     if matrix.codes.dtype == torch.int8:
         codes = e2m1_values(unpacked(matrix.codes)).double()
-        return codes * scale.repeat_interleave(32, 1)
+        return codes * scale.repeat_interleave(32, 1)[:, : codes.shape[1]]
     rows, columns = matrix.codes.shape
     return matrix.codes.double() * scale.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
 
@@ -79,6 +79,17 @@ def test_scales_too_far_apart_are_refused() -> None:
     tiny = torch.tensor([[5] * 4] * 2, dtype=torch.uint8).view(torch.float8_e8m0fnu)
     with pytest.raises(ValueError, match="below"):
         lossless_fp8(packed, tiny)
+
+
+@pytest.mark.parametrize("columns", [16, 48, 144])
+def test_groups_that_are_cut_off(columns: int) -> None:
+    matrix = fp4_matrix(3, columns)
+    made, scales = lossless_fp8(*matrix)
+    every = scales.T.repeat_interleave(128, 1)[:, :columns].double()
+    assert torch.equal(made.double() * 2.0 ** (every - 127), values(matrix))
+    narrow = StoredExpert(fp4_matrix(16, 64), fp4_matrix(64, 16), fp4_matrix(16, 64))
+    with pytest.raises(ValueError, match="multiples of 32"):
+        fp4_experts([narrow], 1, StoredExpert(fp8_matrix(16, 64), fp8_matrix(64, 16), fp8_matrix(16, 64)), "cpu")
 
 
 def test_all_layouts_hold_the_released_values() -> None:
