@@ -8,7 +8,7 @@ they are.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from threading import RLock
+from threading import Lock
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -91,7 +91,7 @@ class DeviceModel:
         self.mtp = MtpBlock(config, weights.under("mtp.0.")) if config.has_mtp else None
         self._kinds = frozenset(config.layer_kinds)
         self._side = Side(self.device)
-        self._turn = RLock()
+        self._turn = Lock()
         self._pads = graphs
         self._capture = CudaCapture(self.device) if graphs and self.device.type == "cuda" else None
         # A graph reads and writes the pools that it was captured over, by address, and goes with them.
@@ -259,9 +259,8 @@ class DeviceModel:
             step = DeviceStep(shape, inputs.given, pools, self.rope, self._side)
             return _Outputs(run(step, inputs.h), step.folds)
 
-        with self._turn:
-            graphs = self._steps.setdefault(pools, Graphs(self._capture, _MOST_STEPS))
-            return graphs.run((name, shape), inputs, fill, function)
+        graphs = self._steps.setdefault(pools, Graphs(self._capture, _MOST_STEPS))
+        return graphs.run((name, shape), inputs, fill, function)
 
     @torch.inference_mode()
     def prepare(self, pools: DevicePools) -> int:
@@ -270,7 +269,8 @@ class DeviceModel:
         if not self._pads:
             return 0
         for shape in decodes(pools, self._kinds, pools.sizes.slots):
-            self._replayed("forward", idle_input(shape, self.device), shape, pools, self._backbone, None)
+            with self._turn:
+                self._replayed("forward", idle_input(shape, self.device), shape, pools, self._backbone, None)
         streams = pools.streams.new_zeros(_HEAD_ROWS, *pools.streams.shape[1:])
         for size in SIZES:
             if size <= min(_HEAD_ROWS, pools.sizes.slots):
